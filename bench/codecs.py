@@ -20,7 +20,7 @@ import torch
 from packing import peak_bytes
 from vs_peer import machine
 
-from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, spec_for_bits
 from auto_round.codecs.minifloat import dequantize_minifloat
 
 # name, data type, bits, group size
@@ -57,7 +57,7 @@ def main() -> None:
     size = weight.numel() * 4 / 1e9
     rows = []
     for name, data_type, bits, group_size in TYPES:
-        family = block_float_spec(data_type, bits)
+        family = spec_for_bits(BLOCK_FLOAT_SPECS[data_type], data_type, bits)
         assert family is not None
         work = partial(encode, weight, family, group_size)
         found = work()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -19,11 +20,11 @@ def grid_of(blocks: GgmlBlocks) -> Grid:
 
 def gptq_blocks(weight: torch.Tensor, blocks: GgmlBlocks, factors: Sequence[HessianFactor]) -> GgmlBlocks:
     """The blocks with codes by error feedback."""
-    return blocks.with_codes(gptq_codes(weight, grid_of(blocks), factors))
+    return replace(blocks, codes=gptq_codes(weight, grid_of(blocks), factors))
 
 
 def descend_blocks(
     weight: torch.Tensor, blocks: GgmlBlocks, hessians: Sequence[torch.Tensor], damping: float, passes: int
 ) -> GgmlBlocks:
     """The blocks with codes by coordinate descent."""
-    return blocks.with_codes(descend_codes(weight, grid_of(blocks), hessians, damping, passes))
+    return replace(blocks, codes=descend_codes(weight, grid_of(blocks), hessians, damping, passes))

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent / "auto_round"
 
 # Calls and attributes that tell one kind of codes from another.
 CODES_CALLS = (
-    "is_integer", "is_float", "minifloat_spec", "block_float_spec", "ggml_type_of", "ggml_type_for",
+    "is_integer", "is_float", "minifloat_spec", "ggml_type_of", "ggml_type_for",
     "float_family_of", "minifloat_name", "has_codes", "scheme_has_codes", "_is_float", "tuned",
 )  # fmt: skip
 CODES_CLASSES = re.compile(
@@ -99,6 +99,8 @@ def asks_codes(node: ast.AST) -> bool:
         name = leaf(node.func)
         owner = node.func.value if isinstance(node.func, ast.Attribute) else None
         strings = name in ("startswith", "endswith") and owner is not None and leaf(owner) in CODES_FIELDS
+        if name == "tuned" and owner is None:  # a function of kernels; the codec's is a method
+            return False
         return name in CODES_CALLS or strings
     if not isinstance(node, ast.Compare):
         return False

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.base import Codec, StartOptions
@@ -19,37 +20,23 @@ from auto_round.schemes import QuantizationScheme
 
 @dataclass
 class LayerTask:
-    """One linear layer of the block.
+    """One linear layer of the block."""
 
-    Attributes:
-        name: full module name.
-        module: the linear itself, inside the block.
-        weight: [out, in] (a Conv1D's weight is transposed already), in the model's own dtype.
-        importance: float32 [in], the second moment of each input channel over the calibration tokens, or None.
-        bias: [out] in the model's own dtype, or None.
-        transposed: the module stores its weight as [in, out].
-        activation: how the layer's inputs are quantized, or None.
-        global_scale: float32 scalar shared by layers that runtimes fuse (NVFP4); None takes the layer's own.
-        ggml: name of the ggml type that stores the layer (`Q4_K`), or None for other formats.
-        input_hessians: sums of x x' over the layer's inputs x, float32 [n, n] for each band of input channels, in
-            order; or None.
-    """
-
-    name: str
-    module: torch.nn.Module
-    weight: torch.Tensor
+    name: str  # full module name
+    module: torch.nn.Module  # the linear itself, inside the block
+    weight: Tensor  # [out, in] (a Conv1D's weight is transposed already), in the model's own dtype
     scheme: QuantizationScheme
-    importance: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
-    transposed: bool = False
-    activation: ActivationQuantizer | None = None
-    global_scale: torch.Tensor | None = None
-    ggml: str | None = None
-    input_hessians: Sequence[torch.Tensor] | None = None
+    importance: Tensor | None = None  # float32 [in], second moment of the input channels over calibration tokens
+    bias: Tensor | None = None  # [out] in the model's own dtype
+    transposed: bool = False  # the module stores its weight as [in, out]
+    activation: ActivationQuantizer | None = None  # how the layer's inputs are quantized
+    global_scale: Tensor | None = None  # float32 scalar shared by fused layers (NVFP4); None: the layer's own
+    ggml: str | None = None  # name of the ggml type that stores the layer (`Q4_K`)
+    # Sums of x x' over the layer's inputs x, float32 [n, n] for each band of input channels, in order.
+    input_hessians: Sequence[Tensor] | None = None
 
     @property
     def codec(self) -> Codec:
-        """How the weight becomes codes."""
         return codec_of(self.scheme, self.ggml, self.weight.shape[1])
 
     def start_options(self, searched: bool, scale_dtype: torch.dtype, quick: bool = False) -> StartOptions:
@@ -66,7 +53,7 @@ class LayerTask:
             raise NumericsError(f"layer {self.name}: {codes.not_finite}")
         step, bias = self.activation, None if self.bias is None else self.bias.cpu()
         act = () if step is None else (step.scale, step.zero_point, step.global_scale)
-        return QuantizedLayer(self.name, self.scheme, codes.map(torch.Tensor.cpu), bias, self.transposed, *act)
+        return QuantizedLayer(self.name, self.scheme, codes.map(Tensor.cpu), bias, self.transposed, *act)
 
 
 class Samples(Protocol):
@@ -75,35 +62,24 @@ class Samples(Protocol):
     @property
     def shape(self) -> torch.Size: ...
 
-    def __getitem__(self, index: Any, /) -> torch.Tensor: ...
+    def __getitem__(self, index: Any, /) -> Tensor: ...
 
 
 @dataclass
 class BlockTask:
-    """One block with real weights on its device.
+    """One block with real weights on its device. A quantizer that changes `block` restores it."""
 
-    Attributes:
-        name: full module name.
-        block: the module; a quantizer that changes it restores it.
-        layers: the linears to quantize.
-        run: calls the block on `hidden` [B, T, H] of the given samples with the arguments recorded for them.
-        compute_dtype: dtype of the block's parameters and of `run`.
-        seed: of the order of samples.
-        inputs: [N, T, H] inputs of the block during tuning; in memory, or read from a file when indexed.
-        targets: [N, T, H] its full-precision outputs; None without calibration data.
-        loss_mask: bool [N, T], True where a position counts.
-        offload: moves the task's `inputs` and `targets` off the device; False when they are not on it.
-    """
-
-    name: str
+    name: str  # full module name
     block: torch.nn.Module
-    layers: list[LayerTask]
-    run: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
-    compute_dtype: torch.dtype
-    seed: int
-    inputs: Samples | None = None
-    targets: Samples | None = None
-    loss_mask: torch.Tensor | None = None
+    layers: list[LayerTask]  # the linears to quantize
+    # Calls the block on hidden states [B, T, H] of the given samples with the arguments recorded for them.
+    run: Callable[[Tensor, Sequence[int]], Tensor]
+    compute_dtype: torch.dtype  # of the block's parameters and of `run`
+    seed: int  # of the order of samples
+    inputs: Samples | None = None  # [N, T, H] during tuning; in memory, or read from a file when indexed
+    targets: Samples | None = None  # [N, T, H], the full-precision outputs
+    loss_mask: Tensor | None = None  # bool [N, T], True where a position counts
+    # Moves `inputs` and `targets` off the device; False when they are not on it.
     offload: Callable[[BlockTask], bool] = lambda _task: False
 
     @property
@@ -131,11 +107,9 @@ class BlockQuantizer(Protocol):
 
     def needs_hessian(self, layer: LayerTask) -> bool:
         """Whether the quantizer uses `input_hessians` of this layer."""
-        ...
 
     def quantize_block(self, task: BlockTask) -> BlockResult:
         """Quantize every layer of the block."""
-        ...
 
 
 _Quantizer = TypeVar("_Quantizer", bound=type[Any])
@@ -145,10 +119,8 @@ ALGORITHMS: dict[str, Callable[[torch.dtype], BlockQuantizer]] = {}
 
 
 def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
-    """Class decorator: a `BlockQuantizer` can be asked for as `algorithm=name`. It is made as `cls(scale_dtype)`.
-
-    Raises ConfigError when the name is taken.
-    """
+    """Class decorator: a `BlockQuantizer` can be asked for as `algorithm=name`, and is made as `cls(scale_dtype)`.
+    Raises ConfigError when the name is taken."""
 
     def register(cls: _Quantizer) -> _Quantizer:
         if name in ALGORITHMS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.codecs.base import Grid
@@ -16,25 +17,25 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 
 _HEAD_PASSES = 4
 _HEAD_DAMPING = 1.0
-Limit = float | torch.Tensor
+Limit = float | Tensor
 _COLUMNS = 64  # columns between two updates of the whole gradient
 _CHUNK = {"cpu": 1 << 22, "other": 1 << 26}  # weights rounded at a time
 
 
-def damp(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def damp(hessian: Tensor, damping: float) -> Tensor:
     """Add `damping` times its mean diagonal to the diagonal of a Hessian, in place."""
     hessian.diagonal().add_(damping * hessian.diagonal().mean() + 1e-12)
     return hessian
 
 
-def row_slices(weight: torch.Tensor) -> list[slice]:
+def row_slices(weight: Tensor) -> list[slice]:
     """Slices of rows that are rounded together."""
     out, columns = weight.shape
     step = max(1, _CHUNK.get(weight.device.type, _CHUNK["other"]) // columns)
     return [slice(start, start + step) for start in range(0, out, step)]
 
 
-def descend_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
+def descend_layer(task: LayerTask, hessian: Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
     """Quantize the LM head with searched scales and codes found by coordinate descent.
 
     All tokens cost one matrix `hessian`, whatever their number and the size of the vocabulary. It is damped by its full
@@ -47,16 +48,10 @@ def descend_layer(task: LayerTask, hessian: torch.Tensor, scale_dtype: torch.dty
     return task.quantized(task.codec.with_codes(start, codes))
 
 
-def descend_codes(
-    weight: torch.Tensor, grid: Grid, hessians: Sequence[torch.Tensor], damping: float, passes: int
-) -> torch.Tensor:
-    """Codes of a weight [out, in] found by coordinate descent on given scales, uint8 [out, in].
+def descend_codes(weight: Tensor, grid: Grid, hessians: Sequence[Tensor], damping: float, passes: int) -> Tensor:
+    """Codes of a weight [out, in] found by coordinate descent on a grid of whole numbers, uint8 [out, in].
 
-    Args:
-        grid: of whole numbers.
-        hessians: of each band of input channels, in order: float32 [n, n], symmetric.
-        damping: as a fraction of each one's mean diagonal.
-        passes: updates of every code.
+    `hessians`: of each band of input channels, in order, float32 [n, n]; `damping`: in parts of their mean diagonals.
     """
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     start = 0
@@ -65,7 +60,7 @@ def descend_codes(
         start = band.stop
         matrix = damp(hessian.clone(), damping)
         for rows in row_slices(weight):
-            zero = grid.per_weight(grid.zero, rows, band) if isinstance(grid.zero, torch.Tensor) else grid.zero
+            zero = grid.per_weight(grid.zero, rows, band) if isinstance(grid.zero, Tensor) else grid.zero
             part = weight[rows, band].float()
             part = part if grid.minimum is None else part - grid.per_weight(grid.minimum, rows, band)
             scale = grid.per_weight(grid.scale, rows, band)
@@ -75,16 +70,10 @@ def descend_codes(
 
 
 @torch.no_grad()
-def descend(
-    weight: torch.Tensor, scale: torch.Tensor, low: Limit, high: Limit, hessian: torch.Tensor, passes: int
-) -> torch.Tensor:
+def descend(weight: Tensor, scale: Tensor, low: Limit, high: Limit, hessian: Tensor, passes: int) -> Tensor:
     """Codes minus the zero point, [rows, in], starting at the nearest ones; tr(D H D') never increases.
 
-    Args:
-        weight, scale: [rows, in].
-        low, high: limits of the codes minus the zero point, [rows, in] or numbers.
-        hessian: H, symmetric and positive definite, [in, in].
-        passes: updates of every code.
+    `weight` and `scale` are [rows, in], like the limits of the codes minus the zero point, if these are no numbers.
     """
     codes = (weight / scale).round_().clamp_(low, high)  # type: ignore[arg-type]
     gradient = (codes * scale - weight) @ hessian  # half of the true gradient
@@ -95,7 +84,7 @@ def descend(
             # Transposed, because columns are processed one at a time.
             local, unit, before = (t[:, block].t().contiguous() for t in (gradient, scale, codes))
             least, most = (
-                t[:, block].t().contiguous() if isinstance(t, torch.Tensor) else [t] * len(before) for t in (low, high)
+                t[:, block].t().contiguous() if isinstance(t, Tensor) else [t] * len(before) for t in (low, high)
             )
             divisor, after, deltas = diagonal[block] * unit, torch.empty_like(before), torch.empty_like(before)
             columns = zip(before, after, local, divisor, unit, deltas, hessian[block, block], least, most, strict=True)

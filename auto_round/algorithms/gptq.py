@@ -19,11 +19,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask
 from auto_round.algorithms.descent import damp, row_slices
@@ -47,11 +48,9 @@ class GPTQConfig(SchemeFields):
     """Error feedback for every layer whose data type has codes. With `iters=0` it decides the codes; otherwise tuning
     starts from them where they are better than the nearest codes on held-out samples.
 
-    Attributes:
-        damping: added to the Hessian's diagonal, in parts of its mean; from 0.001 to 10. The paper has 0.01; with more
-            the codes follow the calibration data less closely, and other text better (docs/adr/0011).
-
-    The scheme's fields (`bits`, `group_size`, `sym`, ...) may be given too.
+    `damping`, from 0.001 to 10, is added to the Hessian's diagonal, in parts of its mean. The paper has 0.01; with more
+    the codes follow the calibration data less closely, and other text better (docs/adr/0011). The scheme's fields
+    (`bits`, `group_size`, `sym`, ...) may be given too.
     """
 
     damping: float = DAMPING
@@ -66,19 +65,14 @@ class GPTQConfig(SchemeFields):
 class HessianFactor:
     """How the errors of columns act on the columns that follow, within one band of input channels."""
 
-    order: torch.Tensor  # int64 [n], the columns in the order in which they are rounded
-    matrix: torch.Tensor  # M in that order, float32 [n, n]; what is on and above its diagonal is not used
-
-    @cached_property
-    def inverse_order(self) -> torch.Tensor:
-        """int64 [n]: where each column lies in that order."""
-        return self.order.argsort()
+    order: Tensor  # int64 [n], the columns in the order in which they are rounded
+    matrix: Tensor  # M in that order, float32 [n, n]; what is on and above its diagonal is not used
 
 
 HessianFactors = Mapping[int, HessianFactor]
 
 
-def factorize_hessian(hessian: torch.Tensor, damping: float) -> HessianFactor:
+def factorize_hessian(hessian: Tensor, damping: float) -> HessianFactor:
     """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky.
 
     `damping` is in parts of the mean diagonal, more than zero. Raises NumericsError when the damped Hessian holds NaN,
@@ -107,11 +101,8 @@ def shared_hessian_factors(tasks: Sequence[LayerTask], damping: float, device: t
     return dict(zip(hessians, found, strict=True))
 
 
-def gptq_codes(weight: torch.Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> torch.Tensor:
-    """The codes of a weight [out, in] of any float dtype, uint8 [out, in], by error feedback.
-
-    `factors`: one for each band of input channels, in order.
-    """
+def gptq_codes(weight: Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> Tensor:
+    """The codes of a weight, uint8 [out, in], by error feedback, with a factor for each band of input channels."""
     codes, start = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), 0
     for factor in factors:
         band = slice(start, start + factor.order.shape[0])
@@ -122,9 +113,7 @@ def gptq_codes(weight: torch.Tensor, grid: Grid, factors: Sequence[HessianFactor
 
 
 @torch.no_grad()
-def _round_rows(
-    codes: torch.Tensor, weight: torch.Tensor, grid: Grid, factor: HessianFactor, band: slice, rows: slice
-) -> None:
+def _round_rows(codes: Tensor, weight: Tensor, grid: Grid, factor: HessianFactor, band: slice, rows: slice) -> None:
     """Fill in the codes of some rows within a band of input channels, one column at a time."""
     groups = slice(band.start // grid.group, -(-band.stop // grid.group))
     group_of = (factor.order + band.start) // grid.group - groups.start
@@ -147,13 +136,12 @@ def _round_rows(
             values, columns, matrix, scale, inverse, own_group, start, stop, _MICRO_BLOCK, low, high,
             grid.mantissa, grid.smallest,
         )  # fmt: skip
-    codes[rows, band] = grid.codes(values).index_select(0, factor.inverse_order).t()
+    codes[rows, band] = grid.codes(values).index_select(0, factor.order.argsort()).t()
 
 
 def _round_block(
-    values: torch.Tensor, errors: torch.Tensor, matrix: torch.Tensor, scale: torch.Tensor, inverse: torch.Tensor,
-    group_of: list[int], start: int, stop: int, micro_block: int, low: float, high: float, mantissa: int,
-    smallest: float,
+    values: Tensor, errors: Tensor, matrix: Tensor, scale: Tensor, inverse: Tensor, group_of: list[int], start: int,
+    stop: int, micro_block: int, low: float, high: float, mantissa: int, smallest: float,
 ) -> None:  # fmt: skip
     """Columns `start` to `stop`, where `values` holds the weights less the shares of all errors before `start`.
 
@@ -182,9 +170,8 @@ def _round_block(
 
 @lru_cache(maxsize=1)
 def _scripted() -> Callable[..., None]:
-    """`_round_block` without Python between its operations, of which each takes a few microseconds: layers that are
-    rounded side by side would wait for each other's turn to run Python most of the time. The same operations as such.
-    """
+    """`_round_block` without Python between its operations: layers that are rounded side by side would wait for each
+    other's turn to run Python most of the time."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated in favor of compilers, which need one to be installed
@@ -195,11 +182,9 @@ def _scripted() -> Callable[..., None]:
 
 def feedback_start(
     task: LayerTask, optimized: bool, scale_dtype: torch.dtype, damping: float, known: HessianFactors
-) -> tuple[Any, torch.Tensor | None]:
-    """(scales of a layer before any tuning, codes uint8 [out, in] by error feedback or None without a Hessian).
-
-    Later columns compensate what scales do badly, so a quick search of them is enough where there is feedback.
-    """
+) -> tuple[Any, Tensor | None]:
+    """(scales of a layer before any tuning, codes uint8 [out, in] by error feedback or None without a Hessian). Later
+    columns compensate what scales do badly, so a quick search of them is enough where there is feedback."""
     codec, feedback = task.codec, task.input_hessians is not None
     start = task.start(optimized, scale_dtype, quick=feedback)
     if not feedback:
@@ -215,10 +200,7 @@ def gptq_layer(
 ) -> QuantizedLayer:  # fmt: skip
     """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes.
 
-    Args:
-        optimized: on scales of the weighted search, instead of plain ones.
-        scale_dtype: dtype in which integers' scales are stored.
-        known: of `shared_hessian_factors`.
+    `optimized`: on scales of the weighted search, instead of plain ones; `known`: of `shared_hessian_factors`.
     """
     if task.input_hessians is None or not task.codec.uses_feedback(asked=True):
         return quantize_layer(task, optimized, scale_dtype)

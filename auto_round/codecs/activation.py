@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.registry import ACTIVATION_PREFIX, QUANT_FUNC_WITH_DTYPE, QuantFunc, find_quant_func
 from auto_round.errors import UnsupportedError, nearest
@@ -41,11 +42,11 @@ class ActivationQuantizer:
     """Fake quantization of a layer's inputs, before its matrix product."""
 
     scheme: ActivationScheme
-    scale: torch.Tensor | None = None  # float32 scalar, for static activations
+    scale: Tensor | None = None  # float32 scalar, for static activations
     zero_point: int | None = None  # code of 0.0 in the signed range, for static asymmetric ones
-    global_scale: torch.Tensor | None = None  # calibrated float32 scalar to which computed scales are relative (NVFP4)
+    global_scale: Tensor | None = None  # calibrated float32 scalar to which computed scales are relative (NVFP4)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """`x` [..., in] fake-quantized, in its shape and dtype; gradients pass straight through."""
         if x.numel() == 0:  # an expert that no token reached
             return x
@@ -61,9 +62,7 @@ class ActivationQuantizer:
         return (self(args[0]), *args[1:])
 
 
-def static_quantizer(
-    scheme: ActivationScheme, low: torch.Tensor, high: torch.Tensor, stored: torch.dtype
-) -> ActivationQuantizer:
+def static_quantizer(scheme: ActivationScheme, low: Tensor, high: Tensor, stored: torch.dtype) -> ActivationQuantizer:
     """A static quantizer for inputs between `low` and `high`, scalars; its scale is exact in the dtype `stored`."""
     zero_input = torch.zeros(1, 1, dtype=torch.float32, device=low.device)  # only the scale counts
     _, scale, zero = activation_function(scheme)(

@@ -1,14 +1,8 @@
 """`Codec`: what a data type is to the rest of the package. `codecs.kinds.codec_of` gives the one of a scheme.
 
-Nobody asks which kind of codes a scheme has; the codec answers what follows from it:
-
-| who | asks |
-|---|---|
-| quantizers | `start`, `encode`, `quantize`: scales, codes on them, and both at once |
-| error feedback, coordinate descent | `uses_feedback`, `grid`, `with_codes`, `head_searches` |
-| tuning | `tuned`, `tunable`, `tunes_scales`: which parameters are learned, and what they take |
-| the planner | `problem`, `label`, `rows_independent`, `has_global_scale`, `input_scale_dtype` |
-| formats, loaders | `family`, the key of their tables; `symmetric_only`, `element`, `has_global_scale`, `codes` |
+Nobody asks which kind of codes a scheme has; the codec answers what follows from it: quantizers call `start`, `encode`
+and `quantize`, error feedback `grid` and `with_codes`, tuning `tuned` and `tunable`, the planner `problem` and
+`label`; `family` is the key of the tables of formats and loaders, which get `codes` of what they read.
 
 Families: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`, `function` (a data
 type that is a function without codes), `none` (not quantized). A plugin adds a kind of its own by `register_codec`.
@@ -22,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.quantized_layer import Codes
 from auto_round.codecs.tunable import TunableGrid
@@ -33,61 +28,43 @@ Scheme = QuantizationScheme | ActivationScheme
 
 @dataclass(frozen=True, eq=False)
 class StartOptions:
-    """How the scales of a weight are found.
+    """How the scales of a weight are found."""
 
-    Attributes:
-        searched: by an importance-weighted search, instead of from the extremes of each group.
-        importance: float32 [in], the second moment of each input channel, or None.
-        scale_dtype: in which integers' scales are stored.
-        global_scale: float32 scalar shared with other layers (NVFP4); None takes the weight's own.
-        quick: a short search, which is enough where error feedback follows; the codes may be left out.
-    """
-
-    searched: bool = False
-    importance: torch.Tensor | None = None
-    scale_dtype: torch.dtype = torch.float16
-    global_scale: torch.Tensor | None = None
-    quick: bool = False
+    searched: bool = False  # by an importance-weighted search, instead of from the extremes of each group
+    importance: Tensor | None = None  # float32 [in], the second moment of each input channel
+    scale_dtype: torch.dtype = torch.float16  # in which integers' scales are stored
+    global_scale: Tensor | None = None  # float32 scalar shared with other layers (NVFP4); None: the weight's own
+    quick: bool = False  # a short search, enough where error feedback follows; the codes may be left out
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
     """The values that the codes of a matrix can stand for: `minimum + scale * (number - zero)`, where numbers are whole
-    and codes themselves, or minifloats.
+    and codes themselves, or minifloats."""
 
-    Attributes:
-        scale: float32 [out, groups], none of them zero.
-        group: input channels in a group; the last one may be short.
-        low, high: limits of the stored numbers before `zero` is subtracted.
-        zero: of whole numbers, the one that stands for zero, [out, groups] or one for all.
-        minimum: float32 [out, groups], or None for zero.
-        mantissa, smallest: of minifloats, the bits of the mantissa and the smallest normal value; -1 for whole numbers.
-        encode: uint8 codes of minifloats.
-    """
-
-    scale: torch.Tensor
-    group: int
-    low: float
+    scale: Tensor  # float32 [out, groups], none of them zero
+    group: int  # input channels in a group; the last one may be short
+    low: float  # limits of the stored numbers before `zero` is subtracted
     high: float
-    zero: torch.Tensor | float = 0
-    minimum: torch.Tensor | None = None
-    mantissa: int = -1
-    smallest: float = 0.0
-    encode: Callable[[torch.Tensor], torch.Tensor] | None = None
+    zero: Tensor | float = 0  # the whole number that stands for zero, [out, groups] or one for all
+    minimum: Tensor | None = None  # float32 [out, groups]; None for zero
+    mantissa: int = -1  # bits of the mantissa of minifloats; -1 for whole numbers
+    smallest: float = 0.0  # normal value of minifloats
+    encode: Callable[[Tensor], Tensor] | None = None  # uint8 codes of minifloats
 
     def with_minima(self) -> Grid:
         """The same values with one zero for all groups: zero points that differ become minima."""
-        if not isinstance(self.zero, torch.Tensor):
+        if not isinstance(self.zero, Tensor):
             return self
         return replace(self, zero=0, minimum=-self.scale * self.zero)
 
-    def per_weight(self, values: torch.Tensor, rows: slice, band: slice) -> torch.Tensor:
+    def per_weight(self, values: Tensor, rows: slice, band: slice) -> Tensor:
         """What each group has, [out, groups], for each weight of some rows and of a band of input channels."""
         first = band.start // self.group
         wide = values[rows, first : -(-band.stop // self.group)].repeat_interleave(self.group, dim=1)
         return wide[:, band.start - first * self.group :][:, : band.stop - band.start]
 
-    def codes(self, values: torch.Tensor) -> torch.Tensor:
+    def codes(self, values: Tensor) -> Tensor:
         """uint8 codes of float32 numbers on the grid less `zero`, a single one; the numbers may be overwritten."""
         return values.add_(self.zero).to(torch.uint8) if self.encode is None else self.encode(values)
 
@@ -132,19 +109,19 @@ class Codec(ABC):
         """Whether error feedback chooses the codes, if it was `asked` for or not."""
         return asked
 
-    def limited(self, weight: torch.Tensor) -> torch.Tensor:
+    def limited(self, weight: Tensor) -> Tensor:
         """The weight cut to the largest value that scales can follow; the same tensor where nothing exceeds it."""
         return weight
 
     @abstractmethod
-    def start(self, weight: torch.Tensor, options: StartOptions) -> Any:
+    def start(self, weight: Tensor, options: StartOptions) -> Any:
         """Scales and zero points of a weight [out, in] before any tuning; every kind has a type of its own for them."""
 
     @abstractmethod
-    def encode(self, weight: torch.Tensor, start: Any, delta: torch.Tensor | None = None) -> Codes:
+    def encode(self, weight: Tensor, start: Any, delta: Tensor | None = None) -> Codes:
         """The codes of a weight on given scales. `delta`: rounding deltas, shaped as the groups of the kind."""
 
-    def quantize(self, weight: torch.Tensor, options: StartOptions) -> Codes:
+    def quantize(self, weight: Tensor, options: StartOptions) -> Codes:
         """Round to nearest: `start` and `encode`."""
         return self.encode(weight, self.start(weight, options))
 
@@ -152,14 +129,13 @@ class Codec(ABC):
         """What the codes of a matrix [out, in] on these scales stand for. Only where `uses_feedback` may be true."""
         raise self._no_codes()
 
-    def with_codes(self, start: Any, codes: torch.Tensor) -> Codes:
+    def with_codes(self, start: Any, codes: Tensor) -> Codes:
         """Scales and codes uint8 [out, in], chosen on `grid`, as stored."""
         raise self._no_codes()
 
     def codes(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> Codes:  # fmt: skip
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, global_scale: Tensor | None = None
+    ) -> Codes:
         """What a layout read: codes uint8 [out, in], scales and the like as `Codes` of this kind describe them."""
         raise self._no_codes()
 
@@ -184,10 +160,8 @@ CODECS: dict[str, CodecFactory] = {}
 
 
 def register_codec(*names: str) -> Callable[[CodecFactory], CodecFactory]:
-    """Decorator of a `Codec` class, or of a function that makes one of a scheme: it serves these data types.
-
-    Raises ConfigError when a name is taken.
-    """
+    """Decorator of a `Codec` class, or of a function that makes one of a scheme: it serves these data types. Raises
+    ConfigError when a name is taken."""
 
     def register(factory: CodecFactory) -> CodecFactory:
         for name in names:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from itertools import groupby
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.minifloat import (
     MINIFLOATS,
@@ -19,11 +21,12 @@ from auto_round.codecs.minifloat import (
     as_blocks,
     block_absmax,
     block_chunks,
+    block_sum,
     from_blocks,
     tensor_absmax,
 )
 from auto_round.codecs.quantized_layer import FloatCodes
-from auto_round.codecs.registry import QuantFunc, register_dtype
+from auto_round.codecs.registry import QuantFunc, normalized_importance, register_dtype
 from auto_round.errors import UnsupportedError
 from auto_round.schemes import GroupSize
 
@@ -37,29 +40,7 @@ _CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the ca
 _GPU_CHUNK = 1 << 26
 
 
-class ScaleRule(Protocol):
-    """From largest magnitudes to stored scales, float32 of any shape; `global_scale` is a scalar for NVFP4, else
-    None."""
-
-    has_global_scale: ClassVar[bool]  # stored scales are relative to one of the whole tensor
-
-    @property
-    def element(self) -> MinifloatType: ...
-
-    def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
-        """The stored scales of blocks with these largest magnitudes."""
-        ...
-
-    def store(self, scale: torch.Tensor) -> torch.Tensor:
-        """The nearest storable scales."""
-        ...
-
-    def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Other storable scales near these, for a search."""
-        ...
-
-
-def _powers(exponents: torch.Tensor) -> torch.Tensor:
+def _powers(exponents: Tensor) -> Tensor:
     """2**e for int32 e clamped to -127 .. 127, exactly."""
     # 2**-127 is subnormal in float32: its bits are the only exception to `(e + 127) << 23`.
     return ((exponents.clamp(-127, 127) + 127) << 23).clamp_(min=1 << 22).view(torch.float32)
@@ -73,25 +54,25 @@ class PowerOfTwo:
     smallest power with which none does ("round up", as NVIDIA's conversion instructions).
     """
 
-    has_global_scale: ClassVar[bool] = False
+    has_global_scale: ClassVar[bool] = False  # stored scales are relative to one of the whole tensor
     element: MinifloatType
     up: bool = False
 
-    def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    def scale(self, largest: Tensor, global_scale: Tensor | None = None) -> Tensor:
         # largest = m * 2**k and maximum = M * 2**emax with 1 <= m, M < 2: the exponent is k - emax, plus one when
         # m > M, which adding 2 - M to the mantissa carries into the exponent.
         top = int(torch.tensor(self.element.maximum, dtype=torch.float32).view(torch.int32)) & _MANTISSA
         bits = largest.contiguous().view(torch.int32) + (_MANTISSA - top if self.up else 0)
         return torch.where(largest.isfinite(), _powers((bits >> 23).sub_(127 + self.element.exponent)), torch.nan)
 
-    def store(self, scale: torch.Tensor) -> torch.Tensor:
+    def store(self, scale: Tensor) -> Tensor:
         """Nearest by ratio."""
         bits = scale.contiguous().view(torch.int32)
         powers = _powers(((bits + (_MANTISSA + 1 - _ROOT_OF_TWO)) >> 23).sub_(127))
         powers = torch.where(scale < 2.0**-126.5, 2.0**-127, powers)  # bits of subnormals hold no exponent
         return torch.where(scale.isfinite(), powers, torch.nan)
 
-    def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
+    def candidates(self, scale: Tensor) -> Iterator[Tensor]:
         yield (scale * 0.5).clamp(min=2.0**-127)
         yield (scale * 2).clamp(max=2.0**127)
 
@@ -107,7 +88,7 @@ class BlockScale:
     element: MinifloatType
     of_inputs: bool = False
 
-    def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    def scale(self, largest: Tensor, global_scale: Tensor | None = None) -> Tensor:
         assert global_scale is not None
         share = torch.where(largest.isfinite(), largest, torch.nan) * (1 / self.element.maximum) * global_scale
         if self.of_inputs:
@@ -115,10 +96,10 @@ class BlockScale:
             return torch.where(scale == 0, _BLOCK_OF_ZEROS, scale)
         return self.store(share)
 
-    def store(self, scale: torch.Tensor) -> torch.Tensor:
+    def store(self, scale: Tensor) -> Tensor:
         return MINIFLOATS["e4m3"].nearest(scale).clamp_(min=_SMALLEST_BLOCK)
 
-    def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
+    def candidates(self, scale: Tensor) -> Iterator[Tensor]:
         e4m3 = MINIFLOATS["e4m3"]
         codes = e4m3.encode(scale).int()  # codes of positive values sort like the values
         for offset in (-1, 1, -2, 2, -3, 3, -4, 4, -5, -6):
@@ -133,19 +114,19 @@ class PlainScale:
     element: MinifloatType
     stored: bool = True
 
-    def scale(self, largest: torch.Tensor, global_scale: torch.Tensor | None = None) -> torch.Tensor:
+    def scale(self, largest: Tensor, global_scale: Tensor | None = None) -> Tensor:
         return self.store(torch.where(largest.isfinite(), largest, torch.nan) / self.element.maximum)
 
-    def store(self, scale: torch.Tensor) -> torch.Tensor:
+    def store(self, scale: Tensor) -> Tensor:
         scale = scale.clamp(min=_SMALLEST_PLAIN)
         return scale.bfloat16().float() if self.stored else scale
 
-    def candidates(self, scale: torch.Tensor) -> Iterator[torch.Tensor]:
+    def candidates(self, scale: Tensor) -> Iterator[Tensor]:
         for factor in (0.9, 0.94, 0.97, 1.03, 1.06, 1.1, 1.15, 1.2, 1.3, 1.4, 1.5):
             yield self.store(scale * factor)
 
 
-def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
+def global_scale_of(largest: Tensor) -> Tensor:
     """float32 scalar 448 * 6 / largest, which gives the largest block the largest scale (NVFP4); 1 for zeros."""
     largest = largest.detach().float().reshape(())
     exact = (torch.full_like(largest, GLOBAL_TOP) / largest).clamp(max=torch.finfo(torch.float32).max)
@@ -154,13 +135,12 @@ def global_scale_of(largest: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class BlockFloatSpec:
-    """One small float type: its scale rule, which knows the element type.
+    """One small float type: the rule of its scales, which knows the element type. The rule makes stored scales of the
+    largest magnitudes of blocks (`scale`), rounds scales to what can be stored, and gives the neighbours of such ones
+    (`candidates`), in float32 of any shape."""
 
-    `family` is what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp` or `fp`; a plugin's is `float`.
-    """
-
-    rule: ScaleRule
-    family: str = "float"
+    rule: PowerOfTwo | BlockScale | PlainScale
+    family: str = "float"  # what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp`, `fp`
 
     @property
     def element(self) -> MinifloatType:
@@ -170,7 +150,7 @@ class BlockFloatSpec:
     def has_global_scale(self) -> bool:
         return self.rule.has_global_scale
 
-    def global_scale(self, tensor: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor | None:
+    def global_scale(self, tensor: Tensor, given: Tensor | None) -> Tensor | None:
         """`given`, or computed from the tensor; None for types without a global scale."""
         if not self.has_global_scale:
             return None
@@ -179,26 +159,24 @@ class BlockFloatSpec:
         return global_scale_of(tensor_absmax(tensor))
 
 
-def effective_scale(scale: torch.Tensor, global_scale: torch.Tensor | None) -> torch.Tensor:
+def effective_scale(scale: Tensor, global_scale: Tensor | None) -> Tensor:
     """The factor from element values to weights."""
     return scale if global_scale is None else scale / global_scale
 
 
-def add_rounding_delta(ratio: torch.Tensor, v: torch.Tensor, element: MinifloatType) -> torch.Tensor:
+def add_rounding_delta(ratio: Tensor, v: Tensor, element: MinifloatType) -> Tensor:
     """`ratio + v * step`, with the element's step at `ratio`."""
     return element.step(ratio).mul_(v).add_(ratio)
 
 
 @torch.no_grad()
 def encode(
-    tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: torch.Tensor | None = None,
-    v: torch.Tensor | None = None, global_scale: torch.Tensor | None = None,
+    tensor: Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: Tensor | None = None,
+    v: Tensor | None = None, global_scale: Tensor | None = None,
 ) -> FloatCodes:  # fmt: skip
-    """The exact codes of a weight.
+    """The exact codes of a weight [out, in], computed in float32, a few rows at a time.
 
     Args:
-        tensor: [out, in], any float dtype; computed in float32, a few rows at a time.
-        group_size: see `QuantizationScheme`; a partial group or block is zero-padded.
         scale: stored scales to use, in the returned shape; None computes them by the rule.
         v: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in units of the element's step at each weight.
         global_scale: for types that have one; None computes it from the tensor.
@@ -224,12 +202,56 @@ def encode(
     return FloatCodes(found, stored.view(r, c), spec.element.name, group_size, given)
 
 
+_SEARCH_CHUNK = 1 << 16
+_GPU_SEARCH_CHUNK = 1 << 24
+
+
+@torch.no_grad()
+def search_scales(
+    weight: Tensor, spec: BlockFloatSpec, group_size: GroupSize, importance: Tensor | None = None,
+    global_scale: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Stored scales float32 [R, C] of a weight [out, in]: of each block the one with the least importance-weighted
+    squared error among that of the rule and its neighbours.
+
+    `importance`: [in], >= 0, the second moment of each input channel; None weighs all alike.
+    """
+    blocks = as_blocks(weight, group_size)
+    _, _, c, n = blocks.shape
+    given = torch.ones(weight.shape[1]) if importance is None else importance
+    h = torch.nn.functional.pad(normalized_importance(given.to(weight.device)), (0, c * n - given.shape[0])).view(
+        1, 1, c, n
+    )
+    chunks = block_chunks(blocks, _SEARCH_CHUNK if weight.device.type == "cpu" else _GPU_SEARCH_CHUNK)
+    found: list[Tensor] = []
+
+    def error(parts: list[Tensor], scale: Tensor) -> Tensor:
+        """[R, 1, C, 1]: the weighted squared error of blocks given in chunks of rows."""
+        factor, total = effective_scale(scale, global_scale), torch.zeros_like(scale)
+        for part in parts:
+            difference = spec.element.nearest(part / factor).mul_(factor).sub_(part)
+            total += block_sum(difference.mul_(difference).mul_(h))
+        return total
+
+    for rows, group in groupby(chunks, key=lambda chunk: (chunk[0].start, chunk[0].stop)):
+        parts = [blocks[slice(*rows), part[1]].float() for part in group]
+        best = spec.rule.scale(torch.stack([block_absmax(part) for part in parts]).amax(0), global_scale)
+        least = error(parts, best)
+        for scale in spec.rule.candidates(best.clone()):
+            trial = error(parts, scale)
+            better = trial < least
+            best, least = torch.where(better, scale, best), torch.where(better, trial, least)
+        found.append(best)
+    scales = torch.cat(found)
+    return scales.view(scales.shape[0], scales.shape[2])
+
+
 class _StraightThrough(torch.autograd.Function):
     """`f * nearest(x / f)`. Inside the element's range dW/dx = 1 and dW/df = q - x/f; outside they are 0 and q
     (LSQ, arXiv 1902.08153, equation 3)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, factor: torch.Tensor, element: MinifloatType) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, factor: Tensor, element: MinifloatType) -> Tensor:
         ratio = x / factor
         values = element.nearest(ratio)
         ctx.element = element
@@ -241,7 +263,7 @@ class _StraightThrough(torch.autograd.Function):
         return values.mul_(factor)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad,) = grad_outputs
         if not ctx.needs_input_grad[1]:
             return grad * ctx.saved_tensors[0], None, None
@@ -252,23 +274,20 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_float(
-    tensor: torch.Tensor, spec: BlockFloatSpec, group_size: GroupSize, v: torch.Tensor | float = 0.0,
-    min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
-    global_scale: torch.Tensor | None = None, scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """Quantize and dequantize, as the contract of data types in `register_dtype` demands.
+    tensor: Tensor, spec: BlockFloatSpec, group_size: GroupSize, v: Tensor | float = 0.0,
+    min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, global_scale: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, None]:  # fmt: skip
+    """Quantize and dequantize a tensor [..., in], as the contract of data types in `register_dtype` demands.
 
     Args:
-        tensor: [..., in].
         v: added to `tensor`, in its units and shape.
         min_scale, max_scale: factors on each group's smallest and largest value; a number or one value a group.
-        global_scale: for types that have one; None computes it from the tensor.
         scale: the scale to use, a scalar, for static activations.
 
     Returns:
         (dequantized tensor of the same shape and dtype, stored scale float32 [rows, groups], None). Gradients pass
-        straight through the rounding of values and scales to `tensor`, `v`, `min_scale` and `max_scale`, with the
-        extremes taken as constants.
+        straight through the rounding of values and scales, with the extremes taken as constants.
     """
     flat = tensor.reshape(-1, tensor.shape[-1]).float()
     blocks = as_blocks(flat, group_size)
@@ -283,25 +302,21 @@ def quantize_float(
         factor = effective_scale(stored, given)
         if largest.requires_grad:  # as if the scale were proportional to the extreme
             factor = factor * torch.where(fixed > 0, largest / fixed, 1.0)
-    if isinstance(v, torch.Tensor):
-        blocks = blocks + as_blocks(v.reshape(flat.shape).float(), group_size)
-    elif v:
-        blocks = blocks + v
+    if isinstance(v, Tensor):
+        v = as_blocks(v.reshape(flat.shape).float(), group_size)
+    blocks = blocks + v if isinstance(v, Tensor) or v else blocks
     values = _StraightThrough.apply(blocks, factor, spec.element)
     result = from_blocks(values, (flat.shape[0], flat.shape[1])).reshape(tensor.shape).to(tensor.dtype)
     return result, stored.reshape(stored.shape[0], stored.shape[2]), None
 
 
-def _scaled_absmax(
-    blocks: torch.Tensor, min_scale: torch.Tensor | float, max_scale: torch.Tensor | float
-) -> torch.Tensor:
+def _scaled_absmax(blocks: Tensor, min_scale: Tensor | float, max_scale: Tensor | float) -> Tensor:
     """[R, 1, C, 1]: the larger of maximum * max_scale and -minimum * min_scale."""
     r, _, c, _ = blocks.shape
     factors = [
-        f.reshape(r, 1, c, 1).float() if isinstance(f, torch.Tensor) and f.numel() > 1 else f
-        for f in (min_scale, max_scale)
+        f.reshape(r, 1, c, 1).float() if isinstance(f, Tensor) and f.numel() > 1 else f for f in (min_scale, max_scale)
     ]
-    if not any(isinstance(f, torch.Tensor) for f in factors) and min_scale == max_scale:
+    if not any(isinstance(f, Tensor) for f in factors) and min_scale == max_scale:
         largest = block_absmax(blocks)
         return largest if min_scale == 1 else largest * min_scale
     low, high = blocks.amin((1, 3), keepdim=True).float(), blocks.amax((1, 3), keepdim=True).float()
@@ -324,11 +339,10 @@ def float_function(name: str, specs: Mapping[int, BlockFloatSpec], usual_group_s
     only = next(iter(specs)) if len(specs) == 1 else None
 
     def quant_tensor_float(
-        tensor: torch.Tensor, bits: int | None = None, group_size: GroupSize = usual_group_size,
-        v: torch.Tensor | float = 0.0, min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
-        scale_dtype: torch.dtype | None = None, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
+        tensor: Tensor, bits: int | None = None, group_size: GroupSize = usual_group_size, v: Tensor | float = 0.0,
+        min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, scale_dtype: torch.dtype | None = None,
+        q_scale_thresh: float = 0.0, imatrix: Tensor | None = None, global_scale: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
         spec = spec_for_bits(specs, name, bits or only)
         return quantize_float(tensor, spec, group_size, v, min_scale, max_scale, global_scale)
 
@@ -345,8 +359,3 @@ def spec_for_bits(specs: Mapping[int, BlockFloatSpec], name: str, bits: int | No
             f"{', '.join(map(str, specs))}"
         )
     return specs[bits]
-
-
-def block_float_spec(data_type: str, bits: int) -> BlockFloatSpec:
-    """The type that a small float data type has with that many bits. Raises UnsupportedError when there is none."""
-    return spec_for_bits(BLOCK_FLOAT_SPECS[data_type], data_type, bits)

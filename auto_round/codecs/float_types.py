@@ -10,9 +10,8 @@
 | `fp`, `fp8`, `fp8_e5m2` | e4m3, e5m2 | any | largest / 448 (57344); bfloat16 for weights, float32 for inputs |
 | `w4fp8` | 4-bit integers over e4m3 values | any | bfloat16 per group times one scale per tensor |
 
-The scale of an MX group of zeros is 2**-127. In NVFP4 a value is `element * (scale / g)`; a group so small that its
-scale rounds to zero gets the smallest scale for weights (readers multiply with it), and zeros for inputs (as in the
-kernels and in compressed-tensors). W4FP8 is for hardware that multiplies in FP8 and stores 4 bits.
+The scale of an MX group of zeros is 2**-127. An NVFP4 group so small that its scale rounds to zero gets the smallest
+scale for weights (readers multiply with it), and zeros for inputs (as in the kernels and in compressed-tensors).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.block_float import (
     BlockFloatSpec,
@@ -67,9 +67,9 @@ def _fp8_input_function(element: str) -> QuantFunc:
     spec = BlockFloatSpec(PlainScale(MINIFLOATS[element], stored=False))
 
     def quant_activation_fp8(
-        tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
-        tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, None]:  # fmt: skip
+        tensor: Tensor, bits: int = 8, group_size: GroupSize = -1, scale: Tensor | None = None,
+        tensor_min: Tensor | None = None, tensor_max: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
         """Quantize and dequantize inputs [..., in] to FP8, on `scale`, or on that of the extremes `tensor_min` and
         `tensor_max` (scalars), or on those of each token (`group_size` -1), group of a token or tensor (0)."""
         checked = spec_for_bits({8: spec}, f"fp8_{element}", bits)
@@ -89,10 +89,10 @@ register_dtype(ACTIVATION_PREFIX + "fp8_e5m2")(_fp8_input_function("e5m2"))
 
 @register_dtype(["fp8_to_int_sym", "w4fp8"])
 def quant_tensor_w4fp8(
-    tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = 128, v: torch.Tensor | float = 0.0,
-    min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
-    scale_dtype: torch.dtype | None = None, **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+    tensor: Tensor, bits: int = 4, group_size: GroupSize = 128, v: Tensor | float = 0.0,
+    min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, scale_dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
     """Quantize and dequantize: round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q`
     of 2 to 8 bits in groups, `w = s8 * (s * q)`. The groups' scales are bfloat16 whatever `scale_dtype` is.
 
@@ -101,7 +101,7 @@ def quant_tensor_w4fp8(
     """
     values, scale8, _ = quantize_float(tensor.float(), _E4M3_SPEC, 0)
     factor = scale8.reshape(())
-    offset = v / factor if isinstance(v, torch.Tensor) else v / float(factor)
+    offset = v / factor if isinstance(v, Tensor) else v / float(factor)
     qdq, scale, zero = quant_tensor_sym(
         values / factor, bits, group_size, v=offset, min_scale=min_scale, max_scale=max_scale,
         scale_dtype=torch.bfloat16, q_scale_thresh=2.0**-100,

@@ -1,13 +1,9 @@
 """Integer codec: scale and zero point of a group, codes, and fake quantization of weights and activations.
 
-Weights: 2 to 8 bits. Symmetric types use the full range: the element of largest magnitude maps to -2**(bits-1), so a
-scale may be negative and no code is lost (AutoRound, arXiv 2309.05516, section 3). Asymmetric types compute
-`scale * (code - zero_point)`, with the range widened to hold zero. Scales are rounded to their stored dtype before any
-code is chosen, so a reader of the file computes the same weights.
-
-Activations: symmetric codes -2**(bits-1) .. 2**(bits-1)-1 use `scale = max |x| / ((2**bits - 1) / 2)`; asymmetric ones
-`scale = (max - min) / (2**bits - 1)` and a zero point. They are computed in the dtype of the input, as Transformers
-does with a compressed-tensors checkpoint.
+Weights: symmetric types use the full range: the element of largest magnitude maps to -2**(bits-1), so a scale may be
+negative and no code is lost (AutoRound, arXiv 2309.05516, section 3). Asymmetric types widen the range to hold zero.
+Scales are rounded to their stored dtype before any code is chosen, so a reader of the file computes the same weights.
+Activations are computed in the dtype of the input, as Transformers does with a compressed-tensors checkpoint.
 """
 
 from __future__ import annotations
@@ -15,9 +11,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.registry import (
     QuantFunc,
+    normalized_importance,
     register_dtype,
     reshape_pad_tensor_by_group_size,
     revert_tensor_by_pad,
@@ -27,23 +25,21 @@ from auto_round.schemes import GroupSize
 
 
 class QuantParams(NamedTuple):
-    """Scale and zero point of each group: `scale` [..., 1] is float32 with values of the stored dtype, `zero` the code
-    of 0.0."""
+    """Scale and zero point of each group."""
 
-    scale: torch.Tensor
-    zero: torch.Tensor | float
+    scale: Tensor  # float32 [..., 1] with values of the stored dtype
+    zero: Tensor | float  # the code of 0.0
     bits: int
     scale_dtype: torch.dtype = torch.float16
 
     def select(self, rows: slice) -> QuantParams:
-        """Those of some rows of groups."""
-        zero = self.zero[rows] if isinstance(self.zero, torch.Tensor) else self.zero
+        zero = self.zero[rows] if isinstance(self.zero, Tensor) else self.zero
         return self._replace(scale=self.scale[rows], zero=zero)
 
 
 def concat_qparams(parts: list[QuantParams]) -> QuantParams:
     """Those of consecutive rows of groups as one."""
-    zeros = [part.zero for part in parts if isinstance(part.zero, torch.Tensor)]
+    zeros = [part.zero for part in parts if isinstance(part.zero, Tensor)]
     zero = torch.cat(zeros) if zeros else parts[0].zero
     return parts[0]._replace(scale=torch.cat([part.scale for part in parts]), zero=zero)
 
@@ -53,7 +49,7 @@ def default_scale_threshold(scale_dtype: torch.dtype) -> float:
     return 1e-8 if scale_dtype == torch.float32 else 1e-5
 
 
-def round_to_stored(scale: torch.Tensor, scale_dtype: torch.dtype, threshold: float) -> torch.Tensor:
+def round_to_stored(scale: Tensor, scale_dtype: torch.dtype, threshold: float) -> Tensor:
     """float32 scales as `scale_dtype` stores them: |scale| at least `threshold`, sign kept, no overflow to Inf."""
     largest = torch.finfo(scale_dtype).max
     scale = scale.clamp(-largest, largest)
@@ -64,14 +60,13 @@ def round_to_stored(scale: torch.Tensor, scale_dtype: torch.dtype, threshold: fl
 
 
 def integer_qparams(
-    groups: torch.Tensor, bits: int, sym: bool, min_scale: torch.Tensor | float = 1.0,
-    max_scale: torch.Tensor | float = 1.0, scale_dtype: torch.dtype = torch.float16, threshold: float | None = None,
-    tensor_min: torch.Tensor | None = None, tensor_max: torch.Tensor | None = None,
+    groups: Tensor, bits: int, sym: bool, min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0,
+    scale_dtype: torch.dtype = torch.float16, threshold: float | None = None, tensor_min: Tensor | None = None,
+    tensor_max: Tensor | None = None,
 ) -> QuantParams:  # fmt: skip
-    """Scale and zero point of each group from its minimum (at most 0) and maximum (at least 0).
+    """Scale and zero point of each group [..., group_size] from its minimum (at most 0) and maximum (at least 0).
 
     Args:
-        groups: [..., group_size], float32 or the weight's own dtype.
         sym: full range with the zero point 2**(bits-1); else integer zero points 0 .. 2**bits-1.
         min_scale, max_scale: factors on the group's extremes, broadcastable to [..., 1].
         threshold: smallest |scale|; None or 0 takes `default_scale_threshold`.
@@ -92,26 +87,22 @@ def integer_qparams(
     return QuantParams(scale, round_ste(-low / scale).clamp(0, top), bits, scale_dtype)
 
 
-def to_codes(groups: torch.Tensor, qparams: QuantParams, v: torch.Tensor | float = 0.0) -> torch.Tensor:
+def to_codes(groups: Tensor, qparams: QuantParams, v: Tensor | float = 0.0) -> Tensor:
     """Stored codes 0 .. 2**bits-1, as float32: `clamp(round(groups / scale + v) + zero)`; `v` in units of one code."""
     codes = groups / qparams.scale
-    if isinstance(v, torch.Tensor) or v:
+    if isinstance(v, Tensor) or v:
         codes = codes + v
     return codes.round_().add_(qparams.zero).clamp_(0, 2**qparams.bits - 1)
 
 
-def stored_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def stored_codes(codes: Tensor, bits: int) -> Tensor:
     """float32 codes 0 .. 2**bits-1 as uint8, through a signed type, whose conversion PyTorch vectorizes."""
     return codes.to(torch.int8).view(torch.uint8) if bits < 8 else codes.to(torch.int16).to(torch.uint8)
 
 
-def round_groups(
-    groups: torch.Tensor, bits: int, sym: bool, scale_dtype: torch.dtype
-) -> tuple[QuantParams, torch.Tensor]:
-    """`integer_qparams` and the codes, uint8 in the shape of `groups`.
-
-    Extremes are found in float32, where PyTorch is six times faster than in bfloat16; the values are the same.
-    """
+def round_groups(groups: Tensor, bits: int, sym: bool, scale_dtype: torch.dtype) -> tuple[QuantParams, Tensor]:
+    """`integer_qparams` and the codes, uint8 in the shape of `groups`."""
+    # PyTorch finds extremes six times faster in float32 than in bfloat16; the values are the same.
     work = groups.to(torch.float32, copy=True)
     low = work.amin(-1, keepdim=True).clamp_(max=0).to(groups.dtype)
     high = work.amax(-1, keepdim=True).clamp_(min=0).to(groups.dtype)
@@ -120,27 +111,118 @@ def round_groups(
     return qparams, stored_codes(codes, bits)
 
 
-def from_codes(codes: torch.Tensor, qparams: QuantParams) -> torch.Tensor:
+def from_codes(codes: Tensor, qparams: QuantParams) -> Tensor:
     """`scale * (codes - zero)`, the inverse of `to_codes`."""
     return (codes - qparams.zero) * qparams.scale
 
 
+# The importance-weighted search of scales. For fixed codes q (minus the zero point) the error `sum h (w - s q)^2` is
+# least at `s = sum(h w q) / sum(h q^2)`, where it is `sum(h w^2) - sum(h w q)^2 / sum(h q^2)` (least squares refit, as
+# in HQQ, arXiv 2309.15531). So a candidate only proposes codes, and is evaluated at its own best scale.
+
+_CHUNK_ELEMENTS = 1 << 17  # float32 values per buffer: a few buffers fit the last-level cache
+_GPU_CHUNK = 1 << 24
+
+# Candidate widths, as factors on the scale that maps the extreme to the end of the range. Few bits gain from clipping
+# the extreme (factor < 1); with many bits the best factor lies close to 1. Measured on SmolLM2-135M, see bench/results.
+_FACTORS: dict[int, tuple[float, ...]] = {
+    2: (0.45, 0.55, 0.65, 0.75, 0.85, 1.0, 1.2),
+    3: (0.6, 0.68, 0.76, 0.84, 0.92, 1.0, 1.1),
+    4: (0.5, 0.58, 0.66, 0.74, 0.82, 0.9, 0.98, 1.06),
+}
+_FACTORS_MANY_BITS = (0.94, 0.96, 0.98, 0.99, 1.0, 1.01)
+_REFITS = 2
+
+
+def search_qparams(
+    groups: Tensor, bits: int, sym: bool, importance: Tensor | None = None, scale_dtype: torch.dtype = torch.float16
+) -> QuantParams:
+    """Scales [rows, groups, 1] and zero points of groups [rows, groups, group_size] with the least importance-weighted
+    squared error among the candidates and the plain ones, as `scale_dtype` stores them.
+
+    `importance`: [groups, group_size], >= 0, the second moment of each input channel; None weighs all alike.
+    """
+    rows, count, size = groups.shape
+    ones = torch.ones(count * size, device=groups.device)
+    weights = normalized_importance(ones if importance is None else importance.to(groups.device)).view(1, count, size)
+    limit = _CHUNK_ELEMENTS if groups.device.type == "cpu" else _GPU_CHUNK
+    step = max(1, limit // max(1, count * size))
+    chunks = (groups[start : start + step].float() for start in range(0, rows, step))
+    return concat_qparams([_search(chunk, bits, sym, weights, scale_dtype) for chunk in chunks])
+
+
+def _search(w: Tensor, bits: int, sym: bool, h: Tensor, scale_dtype: torch.dtype) -> QuantParams:
+    """`search_qparams` for a chunk `w` [rows, groups, group_size] with normalized importance `h`."""
+    base = integer_qparams(w, bits, sym, scale_dtype=scale_dtype)
+    top, hw = 2**bits - 1, w * h
+    codes, squares = torch.empty_like(w), torch.empty_like(w)
+
+    def clamp_codes(zero: Tensor | float) -> None:
+        if isinstance(zero, Tensor):
+            torch.maximum(torch.minimum(codes.round_(), top - zero), -zero, out=codes)
+        else:
+            codes.round_().clamp_(-zero, top - zero)
+
+    def fit(proposal: Tensor, zero: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Least-squares scale for the codes of a proposal (1/scale when symmetric, else scale), and the error that it
+        removes."""
+        (torch.mul if sym else torch.div)(w, proposal, out=codes)
+        clamp_codes(zero)
+        energy = torch.mul(codes, codes, out=squares).mul_(h).sum(-1, keepdim=True)
+        cross = codes.mul_(hw).sum(-1, keepdim=True)
+        scale = cross / energy.clamp(min=1e-30)
+        return scale, cross * scale
+
+    def error(scale: Tensor, zero: Tensor | float) -> Tensor:
+        torch.div(w, scale, out=codes)
+        clamp_codes(zero)
+        codes.mul_(scale).sub_(w)
+        return codes.mul_(codes).mul_(h).sum(-1, keepdim=True)
+
+    def stored(scale: Tensor) -> Tensor:
+        usable = torch.isfinite(scale) & (scale != 0 if sym else scale > 0)
+        usual = default_scale_threshold(scale_dtype)
+        return round_to_stored(torch.where(usable, scale, base.scale), scale_dtype, usual)
+
+    def pick(better: Tensor, new: Tensor | float, old: Tensor | float) -> Tensor | float:
+        return torch.where(better, new, old) if isinstance(old, Tensor) else old
+
+    start = 1.0 / base.scale if sym else base.scale
+    best_zero = base.zero
+    best_scale, best_gain = fit(start, best_zero)
+    for factor in _FACTORS.get(bits, _FACTORS_MANY_BITS):
+        # Symmetric: either sign of the scale. Asymmetric: neighbouring zero points.
+        for shift in ((1.0, -1.0) if sym else (-1.0, 0.0, 1.0)) if bits <= 4 else ((1.0,) if sym else (0.0,)):
+            proposal, zero = (start * (shift / factor) if sym else start * factor), base.zero
+            if isinstance(zero, Tensor):
+                zero = (zero + shift).clamp(0, top)
+            scale, gain = fit(proposal, zero)
+            better = gain > best_gain
+            best_scale, best_gain = torch.where(better, scale, best_scale), torch.where(better, gain, best_gain)
+            best_zero = pick(better, zero, best_zero)
+    trial, kept, kept_zero, least = stored(best_scale), base.scale, base.zero, error(base.scale, base.zero)
+    for refit in range(_REFITS + 1):
+        if refit:  # the fit moves the rounding borders, which moves the fit
+            trial = stored(fit(1.0 / trial if sym else trial, best_zero)[0])
+        found = error(trial, best_zero)
+        better = found < least
+        kept, least = torch.where(better, trial, kept), torch.where(better, found, least)
+        kept_zero = pick(better, best_zero, kept_zero)
+    return QuantParams(kept, kept_zero, bits, scale_dtype)
+
+
 def _weight_function(sym: bool) -> QuantFunc:
     def quant_tensor_int(
-        tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = -1, v: torch.Tensor | float = 0.0,
-        min_scale: torch.Tensor | float = 1.0, max_scale: torch.Tensor | float = 1.0,
-        scale_dtype: torch.dtype = torch.float16, q_scale_thresh: float = 0.0, imatrix: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
-        """Quantize and dequantize.
+        tensor: Tensor, bits: int = 4, group_size: GroupSize = -1, v: Tensor | float = 0.0,
+        min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, scale_dtype: torch.dtype = torch.float16,
+        q_scale_thresh: float = 0.0, imatrix: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
+        """Quantize and dequantize a tensor [out, in] (or any shape; the last dimension is grouped) with 2 to 8 bits.
 
         Args:
-            tensor: [out, in] (or any shape; the last dimension is grouped).
-            bits: 2 to 8.
             v: added to `tensor` before rounding, in its units; same shape, or a number.
             min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
             q_scale_thresh: smallest |scale|; 0 takes 1e-5 (1e-8 for float32 scales).
-            imatrix: unused here; the search that uses it is in `codecs.search`.
             **kwargs: `tensor_min`, `tensor_max`: known extremes, [groups, 1].
 
         Returns:
@@ -151,8 +233,8 @@ def _weight_function(sym: bool) -> QuantFunc:
         padded_shape, blocks = groups.shape, isinstance(group_size, tuple)
         groups = groups.flatten(2) if blocks else groups  # one group a block
 
-        def per_group(factor: torch.Tensor | float) -> torch.Tensor | float:
-            if not isinstance(factor, torch.Tensor) or factor.dim() == 0:
+        def per_group(factor: Tensor | float) -> Tensor | float:
+            if not isinstance(factor, Tensor) or factor.dim() == 0:
                 return factor
             return factor.reshape(-1, 1) if factor.numel() == 1 else factor.reshape(*groups.shape[:-1], 1)
 
@@ -160,18 +242,15 @@ def _weight_function(sym: bool) -> QuantFunc:
         qparams = integer_qparams(
             groups, bits, sym, per_group(min_scale), per_group(max_scale), scale_dtype, q_scale_thresh, **extremes
         )
-        shifted = groups
-        if isinstance(v, torch.Tensor):
-            shift, _ = reshape_pad_tensor_by_group_size(v.float(), group_size)
-            shifted = groups + shift.reshape(groups.shape)
-        elif v:
-            shifted = groups + v
+        if isinstance(v, Tensor):
+            v = reshape_pad_tensor_by_group_size(v.float(), group_size)[0].reshape(groups.shape)
+        shifted = groups + v if isinstance(v, Tensor) or v else groups
         codes = (round_ste(shifted / qparams.scale) + qparams.zero).clamp(0, 2**bits - 1)
         qdq = from_codes(codes, qparams).reshape(padded_shape)
         scale, zero = qparams.scale.squeeze(-1), qparams.zero
         if not blocks:
             scale = scale.reshape(int(tensor.shape[0]) if tensor.dim() > 1 and group_size != 0 else 1, -1)
-        if isinstance(zero, torch.Tensor):
+        if isinstance(zero, Tensor):
             zero = zero.reshape(scale.shape)
         return revert_tensor_by_pad(qdq, columns, tensor.shape).to(tensor.dtype), scale, zero
 
@@ -182,10 +261,10 @@ def _weight_function(sym: bool) -> QuantFunc:
 quant_tensor_sym = register_dtype("int_sym")(_weight_function(True))
 register_dtype("int_asym")(_weight_function(False))
 
-ActivationQParams = tuple[torch.Tensor, torch.Tensor | float]
+ActivationQParams = tuple[Tensor, Tensor | float]
 
 
-def activation_qparams(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bool) -> ActivationQParams:
+def activation_qparams(low: Tensor, high: Tensor, bits: int, sym: bool) -> ActivationQParams:
     """(scale, zero point) for inputs from `low` to `high`, in their dtype. The zero point is a code of the signed
     range: 0.0 when symmetric."""
     low, high = low.clamp(max=0), high.clamp(min=0)
@@ -198,14 +277,14 @@ def activation_qparams(low: torch.Tensor, high: torch.Tensor, bits: int, sym: bo
     return scale, (bottom - low / scale).clamp(bottom, bottom + steps).round()
 
 
-def fake_quantize(x: torch.Tensor, qparams: ActivationQParams, bits: int) -> torch.Tensor:
+def fake_quantize(x: Tensor, qparams: ActivationQParams, bits: int) -> Tensor:
     """`scale * (clamp(round(x / scale + zero)) - zero)`; the gradient is one inside the range and zero outside."""
     scale, zero = qparams
     bottom, top = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     with torch.no_grad():
-        scaled = x / scale + zero if isinstance(zero, torch.Tensor) else x / scale
+        scaled = x / scale + zero if isinstance(zero, Tensor) else x / scale
         codes = scaled.clamp(bottom, top).round_()
-        if isinstance(zero, torch.Tensor):
+        if isinstance(zero, Tensor):
             codes = codes - zero
         values = codes * scale
     if not (torch.is_grad_enabled() and x.requires_grad):
@@ -216,20 +295,16 @@ def fake_quantize(x: torch.Tensor, qparams: ActivationQParams, bits: int) -> tor
 
 def _activation_function(sym: bool) -> QuantFunc:
     def quant_activation_int(
-        tensor: torch.Tensor, bits: int = 8, group_size: GroupSize = -1, scale: torch.Tensor | None = None,
-        zero_point: torch.Tensor | float | None = None, tensor_min: torch.Tensor | None = None,
-        tensor_max: torch.Tensor | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
+        tensor: Tensor, bits: int = 8, group_size: GroupSize = -1, scale: Tensor | None = None,
+        zero_point: Tensor | float | None = None, tensor_min: Tensor | None = None, tensor_max: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
         """Quantize and dequantize inputs [..., in] of 2 to 8 bits, on `scale` and `zero_point`, or on those of the
         extremes `tensor_min` and `tensor_max` (scalars), or on those of each token (`group_size` -1), group of a token
-        or tensor (0).
-
-        Returns:
-            (fake-quantized tensor of the same shape and dtype, scale, zero point of the signed range).
-        """
+        or tensor (0). The zero point is a code of the signed range."""
         if scale is not None:
             static_scale = torch.as_tensor(scale).to(tensor)
-            zero: torch.Tensor | float = 0.0 if sym else torch.as_tensor(zero_point or 0).to(tensor)
+            zero: Tensor | float = 0.0 if sym else torch.as_tensor(zero_point or 0).to(tensor)
             return fake_quantize(tensor, (static_scale, zero), bits), static_scale, zero
         if tensor_max is not None:
             high = torch.as_tensor(tensor_max).to(tensor)

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.activation import activation_function
 from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, TunedParameters, register_codec
-from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, block_float_spec, effective_scale, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, effective_scale, encode, search_scales, spec_for_bits
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of, ggml_type_of
-from auto_round.codecs.int import QuantParams, concat_qparams, integer_qparams, round_groups, stored_codes, to_codes
+from auto_round.codecs.int import (
+    QuantParams,
+    concat_qparams,
+    integer_qparams,
+    round_groups,
+    search_qparams,
+    stored_codes,
+    to_codes,
+)
 from auto_round.codecs.minifloat import block_shape
 from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes
 from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
-from auto_round.codecs.search import search_qparams, search_scales
 from auto_round.codecs.tunable import FloatGrid, FloatStart, GgmlGrid, IntGrid
 from auto_round.schemes import QuantizationScheme
 
 
 def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = None) -> Codec:
-    """The codec of a scheme.
+    """The codec of a scheme; for a layer of that width, where a type needs whole blocks. Raises UnsupportedError when
+    there is no such data type, or not with that many bits.
 
-    Args:
-        ggml: name of the ggml type that stores the layer, where a plan says so; plain integers may be both.
-        in_features: of the layer, for types that need whole blocks.
-
-    Raises:
-        UnsupportedError: no such data type, or not with that many bits.
+    `ggml`: name of the ggml type that stores the layer, where a plan says so; plain integers may be both.
     """
     if scheme.bits >= 16:
         return Unquantized(scheme)
@@ -71,7 +76,7 @@ class IntCodec(Codec):
             return f"bits={self.scheme.bits}; integers of 2 to 8 bits are available"
         return None
 
-    def start(self, weight: torch.Tensor, options: StartOptions) -> QuantParams:
+    def start(self, weight: Tensor, options: StartOptions) -> QuantParams:
         """Scales [out, groups, 1], or [1, 1, 1] per tensor."""
         scheme, groups = self.scheme, self.groups(weight)
         if not options.searched:
@@ -83,7 +88,7 @@ class IntCodec(Codec):
             importance, _ = reshape_pad_tensor_by_group_size(importance.view(1, -1), self.group_size)
         return search_qparams(groups, scheme.bits, scheme.sym, importance, options.scale_dtype)
 
-    def encode(self, weight: torch.Tensor, start: QuantParams, delta: torch.Tensor | None = None) -> IntCodes:
+    def encode(self, weight: Tensor, start: QuantParams, delta: Tensor | None = None) -> IntCodes:
         """`delta`: in units of one code, [out, groups, group_size] or per tensor [1, 1, out * in], in any shape."""
         groups = self.groups(weight)
         delta = None if delta is None else delta.reshape(groups.shape)
@@ -93,7 +98,7 @@ class IntCodec(Codec):
             codes[rows] = stored_codes(numbers, start.bits)
         return self._stored(start, codes, weight.shape)
 
-    def quantize(self, weight: torch.Tensor, options: StartOptions) -> IntCodes:
+    def quantize(self, weight: Tensor, options: StartOptions) -> IntCodes:
         if options.searched:
             return self.encode(weight, self.start(weight, options))
         # The same in half the passes over the weight.
@@ -105,17 +110,16 @@ class IntCodec(Codec):
         return self._stored(concat_qparams(found), codes, weight.shape)
 
     def grid(self, start: QuantParams, shape: tuple[int, int]) -> Grid:
-        zero = start.zero.squeeze(-1).expand(shape[0], -1) if isinstance(start.zero, torch.Tensor) else start.zero
+        zero = start.zero.squeeze(-1).expand(shape[0], -1) if isinstance(start.zero, Tensor) else start.zero
         scale = start.scale.squeeze(-1).expand(shape[0], -1)
         return Grid(scale, self.group_size if self.group_size > 0 else shape[1], 0, 2**start.bits - 1, zero)
 
-    def with_codes(self, start: QuantParams, codes: torch.Tensor) -> IntCodes:
+    def with_codes(self, start: QuantParams, codes: Tensor) -> IntCodes:
         return self._stored(start, codes, codes.shape)
 
     def codes(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> IntCodes:  # fmt: skip
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, global_scale: Tensor | None = None
+    ) -> IntCodes:
         middle = 2 ** (self.scheme.bits - 1)
         return IntCodes(codes, scale, middle if zero_point is None else zero_point, self.group_size)
 
@@ -126,23 +130,23 @@ class IntCodec(Codec):
         size = self.group_size if self.group_size > 0 else in_features
         return TunedParameters(size, 3 if self.scheme.sym else 4, snapshot=1)
 
-    def groups(self, weight: torch.Tensor) -> torch.Tensor:
+    def groups(self, weight: Tensor) -> Tensor:
         """[out, in] as [out, groups, group_size], zero-padded; per tensor as [1, 1, out * in]."""
         groups, _ = reshape_pad_tensor_by_group_size(weight, self.group_size)
         return groups.view(1 if self.group_size == 0 else weight.shape[0], -1, groups.shape[-1])
 
-    def _stored(self, start: QuantParams, codes: torch.Tensor, shape: tuple[int, ...]) -> IntCodes:
+    def _stored(self, start: QuantParams, codes: Tensor, shape: tuple[int, ...]) -> IntCodes:
         """Codes [out, in] or in the shape of the groups, with one scale a row also where the tensor has one."""
         out, columns = shape
         codes = codes.view(out, -1)[:, :columns]
         scale = start.scale.squeeze(-1).to(start.scale_dtype).expand(out, -1)
-        zero: torch.Tensor | int = int(start.zero) if not isinstance(start.zero, torch.Tensor) else 0
-        if isinstance(start.zero, torch.Tensor):
+        zero: Tensor | int = int(start.zero) if not isinstance(start.zero, Tensor) else 0
+        if isinstance(start.zero, Tensor):
             zero = start.zero.squeeze(-1).to(torch.uint8).expand(out, -1)
-        return IntCodes(codes, scale, zero, self.group_size).map(torch.Tensor.contiguous)
+        return IntCodes(codes, scale, zero, self.group_size).map(Tensor.contiguous)
 
 
-def _row_chunks(groups: torch.Tensor) -> Iterator[slice]:
+def _row_chunks(groups: Tensor) -> Iterator[slice]:
     """Slices of rows of [out, groups, group_size] that are rounded together."""
     most = _ROWS if groups.device.type == "cpu" else _GPU_ROWS
     step = max(1, most // max(1, groups.shape[1] * groups.shape[2]))
@@ -158,17 +162,17 @@ class FloatCodec(Codec):
 
     def __init__(self, scheme: Scheme) -> None:
         super().__init__(scheme)
-        self.spec = spec = block_float_spec(scheme.data_type, scheme.bits)
+        self.spec = spec = spec_for_bits(BLOCK_FLOAT_SPECS[scheme.data_type], scheme.data_type, scheme.bits)
         self.family, self.element, self.has_global_scale = spec.family, spec.element.name, spec.has_global_scale
         self.rows_independent = scheme.group_size != 0 and not spec.has_global_scale
 
-    def start(self, weight: torch.Tensor, options: StartOptions) -> FloatStart:
+    def start(self, weight: Tensor, options: StartOptions) -> FloatStart:
         size, shared = self.scheme.group_size, self.spec.global_scale(weight, options.global_scale)
         if options.searched:
             return FloatStart(search_scales(weight, self.spec, size, options.importance, shared), shared)
         return FloatStart(encode(weight, self.spec, size, global_scale=shared).scale, shared)
 
-    def encode(self, weight: torch.Tensor, start: FloatStart, delta: torch.Tensor | None = None) -> FloatCodes:
+    def encode(self, weight: Tensor, start: FloatStart, delta: Tensor | None = None) -> FloatCodes:
         """`delta`: in units of the element's step, [R, M, C, N]."""
         size = self.scheme.group_size
         return encode(weight, self.spec, size, scale=start.scale, v=delta, global_scale=start.global_scale)
@@ -180,13 +184,12 @@ class FloatCodec(Codec):
         limits = -element.maximum, element.maximum
         return Grid(scale, n, *limits, mantissa=element.mantissa, smallest=2.0**element.lowest, encode=element.encode)
 
-    def with_codes(self, start: FloatStart, codes: torch.Tensor) -> FloatCodes:
+    def with_codes(self, start: FloatStart, codes: Tensor) -> FloatCodes:
         return self.codes(codes, start.scale, None, start.global_scale)
 
     def codes(
-        self, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> FloatCodes:  # fmt: skip
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, global_scale: Tensor | None = None
+    ) -> FloatCodes:
         return FloatCodes(codes, scale, self.spec.element.name, self.scheme.group_size, global_scale)
 
     def tunable(self, starts: Sequence[FloatStart]) -> FloatGrid:
@@ -214,28 +217,28 @@ class GgmlCodec(Codec):
     def for_width(self, in_features: int | None) -> Codec:
         return self if in_features is None or in_features % self.kind.block == 0 else FunctionCodec(self.scheme)
 
-    def limited(self, weight: torch.Tensor) -> torch.Tensor:
+    def limited(self, weight: Tensor) -> Tensor:
         return clamp_to_float16(weight)
 
-    def start(self, weight: torch.Tensor, options: StartOptions) -> GgmlBlocks:
+    def start(self, weight: Tensor, options: StartOptions) -> GgmlBlocks:
         weight = self.limited(weight)
         if not options.searched:
             return plain_blocks(weight, self.kind.name)
         return search_blocks(weight, self.kind.name, options.importance, options.quick, codes=not options.quick)
 
-    def encode(self, weight: torch.Tensor, start: GgmlBlocks, delta: torch.Tensor | None = None) -> GgmlBlocks:
+    def encode(self, weight: Tensor, start: GgmlBlocks, delta: Tensor | None = None) -> GgmlBlocks:
         """`delta`: in units of one code, [out, in] or in groups."""
         return assign_codes(weight, start, delta)
 
-    def quantize(self, weight: torch.Tensor, options: StartOptions) -> GgmlBlocks:
+    def quantize(self, weight: Tensor, options: StartOptions) -> GgmlBlocks:
         return self.start(weight, options)
 
     def grid(self, start: GgmlBlocks, shape: tuple[int, int]) -> Grid:
         kind, bottom = self.kind, 1 if self.kind.bits == 8 else 0
         return Grid(divisor_of(start.step()), kind.group, bottom, kind.codes - 1, kind.zero, start.minimum())
 
-    def with_codes(self, start: GgmlBlocks, codes: torch.Tensor) -> GgmlBlocks:
-        return start.with_codes(codes)
+    def with_codes(self, start: GgmlBlocks, codes: Tensor) -> GgmlBlocks:
+        return replace(start, codes=codes)
 
     def tunable(self, starts: Sequence[GgmlBlocks]) -> GgmlGrid:
         return GgmlGrid(starts)
@@ -259,10 +262,10 @@ class FunctionCodec(Codec):
     def uses_feedback(self, asked: bool) -> bool:
         return False
 
-    def start(self, weight: torch.Tensor, options: StartOptions) -> StartOptions:
+    def start(self, weight: Tensor, options: StartOptions) -> StartOptions:
         return options
 
-    def call(self, weight: torch.Tensor, start: StartOptions, **learned: torch.Tensor) -> tuple[Any, Any, Any]:
+    def call(self, weight: Tensor, start: StartOptions, **learned: Tensor) -> tuple[Any, Any, Any]:
         """What the function makes of a weight: dequantized values, scale, zero point. `learned`: `v` and factors."""
         scheme = self.scheme
         return self.function(
@@ -272,7 +275,7 @@ class FunctionCodec(Codec):
 
     @torch.no_grad()
     def encode(
-        self, weight: torch.Tensor, start: StartOptions, delta: torch.Tensor | None = None, **learned: torch.Tensor
+        self, weight: Tensor, start: StartOptions, delta: Tensor | None = None, **learned: Tensor
     ) -> DenseWeight:
         """`delta`: added to the weight before it is rounded; `learned`: other arguments of the function."""
         qdq, _, _ = self.call(weight.float(), start, **(learned if delta is None else {"v": delta, **learned}))
@@ -300,7 +303,7 @@ class Unquantized(FunctionCodec):
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
 
-    def encode(self, weight: torch.Tensor, start: Any, delta: torch.Tensor | None = None, **_: Any) -> DenseWeight:
+    def encode(self, weight: Tensor, start: Any, delta: Tensor | None = None, **_: Any) -> DenseWeight:
         return DenseWeight(weight, self.scheme.data_type)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
@@ -38,7 +39,7 @@ def block_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int
     return rows, 1, -(-columns // group_size), group_size
 
 
-def as_blocks(matrix: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
+def as_blocks(matrix: Tensor, group_size: GroupSize) -> Tensor:
     """[rows, columns] as [R, M, C, N], with partial blocks zero-padded; a view where there are none."""
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     r, m, c, n = block_shape(shape, group_size)
@@ -47,32 +48,32 @@ def as_blocks(matrix: torch.Tensor, group_size: GroupSize) -> torch.Tensor:
     return matrix.reshape(r, m, c, n)
 
 
-def from_blocks(blocks: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def from_blocks(blocks: Tensor, shape: tuple[int, int]) -> Tensor:
     """Undo `as_blocks`: [R, M, C, N] as [rows, columns]."""
     r, m, c, n = blocks.shape
     return blocks.reshape(r * m, c * n)[: shape[0], : shape[1]]
 
 
-def block_sum(blocks: torch.Tensor) -> torch.Tensor:
+def block_sum(blocks: Tensor) -> Tensor:
     """[R, 1, C, 1]: the sum over each block."""
     sums = blocks.sum(3, keepdim=True)
     return sums if blocks.shape[1] == 1 else sums.sum(1, keepdim=True)
 
 
-def tensor_absmax(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 scalar: the largest magnitude of a tensor; NaN when it holds one."""
+def tensor_absmax(tensor: Tensor) -> Tensor:
+    """float32 scalar; NaN when the tensor holds one."""
     low, high = torch.aminmax(tensor.detach())
     return torch.maximum(-low, high).float()
 
 
-def block_absmax(blocks: torch.Tensor) -> torch.Tensor:
+def block_absmax(blocks: Tensor) -> Tensor:
     """[R, 1, C, 1], float32: the largest magnitude of each block; NaN where it holds one."""
     # Magnitudes sort like their bits, NaN last, and integers are compared faster.
     bits = blocks.float().contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
     return bits.amax(3, keepdim=True).amax(1, keepdim=True).view(torch.float32)
 
 
-def block_chunks(blocks: torch.Tensor, elements: int) -> list[tuple[slice, slice]]:
+def block_chunks(blocks: Tensor, elements: int) -> list[tuple[slice, slice]]:
     """Slices of the first two dimensions, in order, of about `elements` values each. A block is split across its rows
     only if it is the single one."""
     r, m, c, n = blocks.shape
@@ -104,10 +105,10 @@ class MinifloatType:
         """Values from here on saturate: half a step above the largest."""
         return self.maximum + 2.0 ** (self.exponent - self.mantissa - 1)
 
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """float32 values of uint8 codes, in their shape."""
         # Moved to the top of a float16's exponent and mantissa, a code without its sign is the value times a power of
-        # two, subnormals too; and float16 becomes float32 at the speed of a copy.
+        # two, subnormals too.
         sign = 1 << (self.bits - 1)
         wide = codes.to(torch.int16)
         size = (wide & (sign - 1)).bitwise_left_shift_(10 - self.mantissa)
@@ -119,32 +120,32 @@ class MinifloatType:
                 values = values.masked_fill_(nan, torch.nan)
         return values
 
-    def encode(self, values: torch.Tensor) -> torch.Tensor:
+    def encode(self, values: Tensor) -> Tensor:
         """The nearest code of each float32 value, uint8, in their shape."""
         if self.dtype is not None:
             return values.clamp(-self.maximum, self.maximum).to(self.dtype).view(torch.uint8)
         size = values.abs().clamp_(max=self.maximum)
         power = self._power(size)
         lift = 23 - self.mantissa
-        # The low bits of the sum count the steps from zero; less the sum's own exponent, they are the code of a value
-        # that lies below twice the smallest normal. Each doubling adds 2**mantissa codes to that.
+        # The low bits of the sum count the steps from zero: the code of a value below twice the smallest normal. Each
+        # doubling adds 2**mantissa codes to that.
         steps = size.add_(power, alpha=2.0**lift).view(torch.int32)
         above = power.view(torch.int32)
         steps.sub_(above).add_(above >> lift).sub_((lift << 23) + ((self.lowest + 127) << self.mantissa))
         sign = (values.view(torch.int32) >> (32 - self.bits)).bitwise_and_(1 << (self.bits - 1))
         return steps.bitwise_or_(sign).to(torch.uint8)
 
-    def nearest(self, values: torch.Tensor) -> torch.Tensor:
+    def nearest(self, values: Tensor) -> Tensor:
         """float32: the value of the nearest code of each; NaN stays NaN. The same as `decode(encode(values))`."""
         size = values.abs().clamp_(max=self.maximum)
         lift = self._power(size).mul_(2.0 ** (23 - self.mantissa))
         return size.add_(lift).sub_(lift).copysign_(values)
 
-    def step(self, values: torch.Tensor) -> torch.Tensor:
+    def step(self, values: Tensor) -> Tensor:
         """float32: the distance of neighbouring representable values at each of `values`."""
         return self._power(values.abs().clamp_(max=self.maximum)).mul_(2.0**-self.mantissa)
 
-    def _power(self, size: torch.Tensor) -> torch.Tensor:
+    def _power(self, size: Tensor) -> Tensor:
         """2**e of each magnitude, at least that of the smallest normal value; NaN gets that of Inf and stays NaN."""
         return (size.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=2.0**self.lowest)
 
@@ -167,15 +168,11 @@ def register_minifloat(element: MinifloatType) -> MinifloatType:
 
 
 def dequantize_minifloat(
-    codes: torch.Tensor, element: MinifloatType, scale: torch.Tensor, group_size: GroupSize,
-    global_scale: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
+    codes: Tensor, element: MinifloatType, scale: Tensor, group_size: GroupSize, global_scale: Tensor | None = None
+) -> Tensor:
     """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32.
 
-    Args:
-        codes: uint8 [out, in].
-        scale: one for each block, [R, C], or one for all.
-        global_scale: float32 scalar by which the stored scales are too large (NVFP4).
+    `scale` is one for each block, [R, C], or one for all.
     """
     factors, shape = scale.float(), (int(codes.shape[0]), int(codes.shape[1]))
     if global_scale is not None:

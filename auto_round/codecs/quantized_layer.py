@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
 from auto_round.schemes import GroupSize, QuantizationScheme
@@ -27,7 +28,7 @@ class Codes(ABC):
     is false.
     """
 
-    codes: torch.Tensor
+    codes: Tensor
     not_finite = "NaN or Inf in the weights or their scales; check the layer's weights"
 
     @property
@@ -40,11 +41,11 @@ class Codes(ABC):
         return self.codes.shape[0], self.codes.shape[1]
 
     @abstractmethod
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         """float32 [out, in]."""
 
     @abstractmethod
-    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         """What a file must hold of `layer`, in normal form: equal parts for equal contents, however they are held.
 
         Without codes that is the weight in `dtype`.
@@ -54,11 +55,11 @@ class Codes(ABC):
         """Whether all scales (without codes, all weights) are finite."""
         return all(bool(torch.isfinite(t).all()) for t in self.tensors().values() if t.is_floating_point())
 
-    def clamped_scales(self, weight: torch.Tensor) -> int:
+    def clamped_scales(self, weight: Tensor) -> int:
         """Number of stored scales that were clamped to the range of their dtype. `weight`: the original."""
         return 0
 
-    def map(self: C, change: Callable[[torch.Tensor], torch.Tensor]) -> C:
+    def map(self: C, change: Callable[[Tensor], Tensor]) -> C:
         """The same with every tensor replaced by `change(tensor)`."""
         return replace(self, **{name: change(tensor) for name, tensor in self.tensors().items()})  # type: ignore[type-var]
 
@@ -67,73 +68,58 @@ class Codes(ABC):
         count = self.shape[0]
         return self.map(lambda t: t[wanted] if t.dim() and t.shape[0] == count else t)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """The tensors by field; those that are None are left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore[arg-type]
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True, eq=False)
 class IntCodes(Codes):
-    """Integers on scales and zero points: `scale * (codes - zero_point)` in float32.
+    """Integers on scales and zero points: `scale * (codes - zero_point)` in float32."""
 
-    Attributes:
-        codes: uint8 [out, in], 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1)).
-        scale: [out, groups] in its stored dtype, float16; scales may be negative. One column per channel or tensor.
-        zero_point: uint8 [out, groups], or one int for all groups (symmetric: 2**(bits-1)).
-        group_size: as in a scheme.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero_point: torch.Tensor | int
-    group_size: int
+    codes: Tensor  # uint8 [out, in], 0 .. 2**bits - 1 (symmetric: value + 2**(bits-1))
+    scale: Tensor  # [out, groups] in its stored dtype; may be negative. One column per channel or tensor
+    zero_point: Tensor | int  # uint8 [out, groups], or one for all groups (symmetric: 2**(bits-1))
+    group_size: int  # as in a scheme
     not_finite = "a scale is NaN or Inf; check the layer's weights and calibration data"
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         out, columns = self.shape
         size, groups = self.group_size if self.group_size > 0 else columns, self.scale.shape[-1]
         values = self.codes.float()
         if groups * size != columns:
             values = torch.nn.functional.pad(values, (0, groups * size - columns))
-        zero = self.zero_point.float().unsqueeze(-1) if isinstance(self.zero_point, torch.Tensor) else self.zero_point
+        zero = self.zero_point.float().unsqueeze(-1) if isinstance(self.zero_point, Tensor) else self.zero_point
         values = values.view(out, groups, size).sub_(zero).mul_(self.scale.float().unsqueeze(-1))
         return values.view(out, groups * size)[:, :columns]
 
-    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         zero = self.zero_point
-        zeros = zero if isinstance(zero, torch.Tensor) else torch.full(self.scale.shape, zero)
+        zeros = zero if isinstance(zero, Tensor) else torch.full(self.scale.shape, zero)
         act_scale = None if layer.act_scale is None else float(layer.act_scale)
         return self.codes, self.scale, zeros.to(torch.uint8), repr((act_scale, layer.act_zero_point))
 
-    def clamped_scales(self, weight: torch.Tensor) -> int:
+    def clamped_scales(self, weight: Tensor) -> int:
         return int((self.scale.abs() == torch.finfo(self.scale.dtype).max).sum())
 
 
 @dataclass(frozen=True, eq=False)
 class FloatCodes(Codes):
-    """Small floats in blocks that share a scale, see `dequantize_minifloat`.
+    """Small floats in blocks that share a scale, see `dequantize_minifloat`."""
 
-    Attributes:
-        codes: uint8 [out, in] of `element`.
-        scale: float32 values that the scheme's scale type holds exactly: [out, groups], [1, 1] per tensor, [out/M,
-            in/N] for blocks.
-        element: name in `codecs.minifloat.MINIFLOATS`.
-        group_size: as in a scheme.
-        global_scale: float32 scalar by which stored scales are divided (NVFP4), or None.
-    """
+    codes: Tensor  # uint8 [out, in] of `element`
+    # Float32 values that the scheme's scale type holds: [out, groups], [1, 1] per tensor, [out/M, in/N] for blocks.
+    scale: Tensor
+    element: str  # name in `codecs.minifloat.MINIFLOATS`
+    group_size: GroupSize  # as in a scheme
+    global_scale: Tensor | None = None  # float32 scalar by which stored scales are divided (NVFP4)
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    element: str
-    group_size: GroupSize
-    global_scale: torch.Tensor | None = None
-
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         element = MINIFLOATS[self.element]
         return dequantize_minifloat(self.codes, element, self.scale, self.group_size, self.global_scale)
 
-    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         scalars = (layer.act_scale, self.global_scale, layer.act_global_scale)
         found = repr(tuple(None if scalar is None else float(scalar) for scalar in scalars))
         return self.element, self.codes, self.scale.float(), found
@@ -143,7 +129,7 @@ class FloatCodes(Codes):
 class DenseWeight(Codes):
     """What the function of a data type without codes gave: the dequantized weight [out, in]."""
 
-    weight: torch.Tensor
+    weight: Tensor
     data_type: str = ""
 
     @property
@@ -154,34 +140,25 @@ class DenseWeight(Codes):
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         return self.weight.float()
 
-    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         return (layer.dequantize(dtype),)
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedLayer:
-    """One linear layer after quantization.
+    """One linear layer after quantization."""
 
-    Attributes:
-        name: the module's full name in the model.
-        bias: [out] in the model's dtype, or None.
-        transposed: the module stores its weight as [in, out] (Transformers' Conv1D).
-        act_scale: float32 scalar, the scale of static activations, exact in the model's dtype; else None.
-        act_zero_point: code of 0.0 in the signed range, for static asymmetric activations.
-        act_global_scale: float32 scalar by which scales of inputs are divided (NVFP4), or None.
-    """
-
-    name: str
+    name: str  # the module's full name in the model
     scheme: QuantizationScheme
     codes: Codes
-    bias: torch.Tensor | None = None
-    transposed: bool = False
-    act_scale: torch.Tensor | None = None
-    act_zero_point: int | None = None
-    act_global_scale: torch.Tensor | None = None
+    bias: Tensor | None = None  # [out] in the model's dtype
+    transposed: bool = False  # the module stores its weight as [in, out] (Transformers' Conv1D)
+    act_scale: Tensor | None = None  # float32 scalar of static activations, exact in the model's dtype
+    act_zero_point: int | None = None  # code of 0.0 in the signed range, for static asymmetric activations
+    act_global_scale: Tensor | None = None  # float32 scalar by which scales of inputs are divided (NVFP4)
 
     @property
     def out_features(self) -> int:
@@ -200,6 +177,6 @@ class QuantizedLayer:
         """A slice of the outputs as a layer; scales must be per row or per tensor."""
         return replace(self, codes=self.codes.rows(wanted), bias=None if self.bias is None else self.bias[wanted])
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[out, in], computed in float32 and then cast to `dtype`."""
         return self.codes.dequantize().to(dtype)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.schemes import GroupSize
@@ -22,11 +23,11 @@ FP16_MAX = 65504.0
 
 
 def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
-    """Register a quantization function under one name or several.
+    """Register a quantization function under one name or several, each of which can be registered once.
 
     The function is called as `fn(tensor, bits, group_size, v, min_scale, max_scale, scale_dtype, q_scale_thresh,
     imatrix, data_type, **kwargs)` and returns `(qdq, scale, zp)`: `qdq` has the shape and dtype of `tensor`, and
-    gradients reach `v`, `min_scale` and `max_scale`. A name can be registered once.
+    gradients reach `v`, `min_scale` and `max_scale`.
     """
     keys = [names] if isinstance(names, str) else list(names)
 
@@ -45,14 +46,12 @@ def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
 ACTIVATION_PREFIX = "act_"
 
 
-def round_ste(x: torch.Tensor) -> torch.Tensor:
+def round_ste(x: Tensor) -> Tensor:
     """Round half to even; the gradient passes straight through (Bengio et al. 2013, arXiv 1308.3432, section 4)."""
     return (x.round() - x).detach() + x
 
 
-def reshape_pad_tensor_by_group_size(
-    tensor: torch.Tensor, group_size: GroupSize, value: float = 0.0
-) -> tuple[torch.Tensor, int]:
+def reshape_pad_tensor_by_group_size(tensor: Tensor, group_size: GroupSize, value: float = 0.0) -> tuple[Tensor, int]:
     """Cut the last dimension into groups, padded with `value`.
 
     Args:
@@ -78,9 +77,7 @@ def reshape_pad_tensor_by_group_size(
     return flat.reshape(-1, group_size), columns
 
 
-def revert_tensor_by_pad(
-    tensor: torch.Tensor, orig_out_features: int, orig_shape: torch.Size | tuple[int, ...]
-) -> torch.Tensor:
+def revert_tensor_by_pad(tensor: Tensor, orig_out_features: int, orig_shape: torch.Size | tuple[int, ...]) -> Tensor:
     """Undo `reshape_pad_tensor_by_group_size`, whose second result is `orig_out_features`."""
     if tensor.dim() == 4:
         flat = tensor.transpose(1, 2).reshape(tensor.shape[0] * tensor.shape[2], -1)
@@ -90,7 +87,15 @@ def revert_tensor_by_pad(
     return tensor.reshape(orig_shape)
 
 
-def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
+def normalized_importance(importance: Tensor) -> Tensor:
+    """float32 importance of mean one. A channel that was never active in the calibration data still gets a small
+    weight, so that its weights are not rounded at random."""
+    weights = importance.float()
+    mean = weights.mean()
+    return weights / mean + 1e-4 if torch.isfinite(mean) and mean > 0 else torch.ones_like(weights)
+
+
+def clamp_to_float16(weight: Tensor) -> Tensor:
     """Clamp a weight to the range of float16; the same tensor where nothing exceeds it."""
     if weight.dtype == torch.float16 or not weight.numel():
         return weight
@@ -102,10 +107,7 @@ def clamp_to_float16(weight: torch.Tensor) -> torch.Tensor:
 
 
 def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc:
-    """The function registered for a data type; raises UnsupportedError when there is none.
-
-    Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`.
-    """
+    """The function registered for a data type; raises UnsupportedError when there is none."""
     if not isinstance(data_type, str):
         raise ConfigError(f"data_type={data_type!r} is not a name")
     found = find_quant_func(data_type, bits, sym)
@@ -119,7 +121,7 @@ def get_quant_func(data_type: str, bits: int = 4, sym: bool = True) -> QuantFunc
 
 
 def find_quant_func(data_type: str, bits: int, sym: bool) -> QuantFunc | None:
-    """`get_quant_func`, or None when there is no such data type."""
+    """`get_quant_func`, or None. Names are tried from the most exact: `int4_sym`, `int_sym`, `int4`, `int`."""
     suffix = "sym" if sym else "asym"
     names = (f"{data_type}{bits}_{suffix}", f"{data_type}_{suffix}", f"{data_type}{bits}", data_type)
     return next((QUANT_FUNC_WITH_DTYPE[name] for name in names if name in QUANT_FUNC_WITH_DTYPE), None)

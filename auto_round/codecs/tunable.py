@@ -1,21 +1,15 @@
 """What SignRound learns of integers, minifloats and ggml types, with straight-through gradients.
 
-With G = dL/dW, v the rounding delta and f the factor on a scale, the gradients inside the clamp are as follows; where a
-code is clamped, dL/dv = 0 and the terms with r (or w/s) vanish (AutoRound, arXiv 2309.05516, section 3; the mask as in
-LSQ, arXiv 1902.08153, equation 3). Scales are `start * factor` rounded to what can be stored; that rounding passes
-gradients straight through too.
+With G = dL/dW and v the rounding delta, the gradients inside the clamp are as follows; where a code is clamped,
+dL/dv = 0 and the terms with r vanish (AutoRound, arXiv 2309.05516, section 3; the mask as in LSQ, arXiv 1902.08153,
+equation 3). Scales are `start * factor` rounded to what can be stored; that passes gradients straight through too.
 
-Integers, W = s q, q = clamp(round(w/s + v), low, high) (codes minus the zero point), s = s0 f:
-    dL/dv = G s            dL/df = sum over the group of G s0 (q - w/s)
-
-Minifloats, W = s q, q = nearest(r + v u) with r = w/s and u the distance of the type's values at r (a delta of one half
-reaches the next value at any magnitude):
-    dL/dv = G s u          dL/ds = sum over the block of G (q - r)
-
-ggml types, W = s q + m, q = clamp(round(r + v), low, high) with r = (w - m)/s, s = d k and m = e l, where k and l are
-the group's integers and d and e (e = -dmin in the K types) belong to its super-block:
-    dL/dv = G s            dL/ds = sum over the group of G (q - r)            dL/dm = 0, or sum of G where clamped
-The integers stay as the search found them; d and e may be tuned.
+integers    W = s q, q = clamp(round(r + v), low, high), r = w/s: dL/dv = G s, dL/ds = sum over the group of G (q - r)
+minifloats  W = s q, q = nearest(r + v u), r = w/s, u the distance of the type's values at r (a delta of one half
+            reaches the next value at any magnitude): dL/dv = G s u, dL/ds = sum over the block of G (q - r)
+ggml types  W = s q + m, q as for integers, r = (w - m)/s, s = d k and m = e l, where k and l are the group's integers
+            and d and e (e = -dmin in the K types) belong to its super-block, and may be tuned: dL/dv and dL/ds as for
+            integers, dL/dm = 0, or sum of G where clamped
 
 Weights are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R; scales of blocks are [R, 1, C, 1].
 """
@@ -28,6 +22,7 @@ from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.block_float import BlockFloatSpec, add_rounding_delta, effective_scale
 from auto_round.codecs.ggml.types import GgmlBlocks, code_limits, inverse_of
@@ -35,29 +30,22 @@ from auto_round.codecs.int import QuantParams, concat_qparams, default_scale_thr
 from auto_round.codecs.minifloat import MinifloatType, block_sum
 from auto_round.schemes import GroupSize
 
-Tensor = torch.Tensor
 Limit = Tensor | float
 # Of a step: where the rounding delta starts within a code that is not the nearest one, 0.1 inside its border.
 EDGE = 0.4
 
 
 class TunableGrid(ABC):
-    """The scales of stacked layers while they are tuned, and what weights become on them.
+    """The scales of stacked layers while they are tuned, and what weights become on them."""
 
-    Attributes:
-        functions: (values, gradients) as pure functions, which may be compiled: `values(blocks, delta, *arguments)` is
-            W, float32 like `blocks`; `gradients(blocks, delta, *arguments, dL/dW)` gives dL/dv like `blocks` and the
-            gradients of the blocks' scales, [R, 1, C, 1] each.
-        start_scales: float32 tensors that factors are learned for.
-        start_codes: uint8 [out, in] by layer, where rounding starts; None: at the nearest codes.
-        state_dtype: of `to_state`.
-    """
-
+    # (values, gradients) as pure functions, which may be compiled: `values(blocks, delta, *arguments)` is W, float32
+    # like `blocks`; `gradients(blocks, delta, *arguments, dL/dW)` gives dL/dv like `blocks` and the gradients of the
+    # blocks' scales, [R, 1, C, 1] each.
     functions: ClassVar[tuple[Callable[..., Any], Callable[..., Any]]]
-    state_dtype: ClassVar[torch.dtype] = torch.float32
+    state_dtype: ClassVar[torch.dtype] = torch.float32  # of `to_state`
     group_size: GroupSize
-    start_scales: list[Tensor]
-    start_codes: Sequence[Tensor | None] = ()
+    start_scales: list[Tensor]  # float32, of which factors are learned
+    start_codes: Sequence[Tensor | None] = ()  # uint8 [out, in] by layer, where rounding starts; None: nearest codes
 
     @abstractmethod
     def store(self, scales: Sequence[Tensor]) -> None:
@@ -230,9 +218,8 @@ def ggml_values(
 
 
 def ggml_gradients(
-    blocks: Tensor, delta: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, low: float, high: float,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    blocks: Tensor, delta: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, low: float, high: float, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dv, dL/ds, dL/dm)."""
     ratio = (blocks.float() - minimum) * inverse
     raw = (ratio + delta).round()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from auto_round.edits import TensorEdit
 from auto_round.errors import ConfigError
@@ -21,19 +22,13 @@ from auto_round.schemes import QuantizationScheme
 class BlockView:
     """One block as a transform sees it. Nothing of it may be modified.
 
-    Attributes:
-        name: of the block, such as "model.layers.0".
-        block: the module, its weights in the dtype of the matrix products. Experts that are read one at a time are on
-            meta.
-        schemes: by layer name inside the block, such as "self_attn.q_proj", what each layer is quantized to.
-        moments: by layer name inside the block, float32 [in]: the mean square of each input channel over the
-            calibration tokens. Empty without calibration data.
+    `schemes` and `moments` are by layer name inside the block, such as "self_attn.q_proj".
     """
 
-    name: str
-    block: torch.nn.Module
-    schemes: Mapping[str, QuantizationScheme]
-    moments: Mapping[str, torch.Tensor]
+    name: str  # such as "model.layers.0"
+    block: torch.nn.Module  # in the dtype of the matrix products; experts that are read one at a time are on meta
+    schemes: Mapping[str, QuantizationScheme]  # what each layer is quantized to
+    moments: Mapping[str, Tensor]  # float32 [in], mean squares of inputs; empty without calibration data
 
 
 class BlockTransform(Protocol):
@@ -50,10 +45,8 @@ TRANSFORMS: dict[str, type[BlockTransform]] = {}
 
 
 def register_transform(name: str) -> Callable[[type[BlockTransform]], type[BlockTransform]]:
-    """Class decorator: the transform can be asked for as `--algorithm NAME`, alone or as `NAME,auto_round`.
-
-    Raises ConfigError when the name is taken.
-    """
+    """Class decorator: the transform can be asked for as `--algorithm NAME`, alone or as `NAME,auto_round`. Raises
+    ConfigError when the name is taken."""
 
     def register(kind: type[BlockTransform]) -> type[BlockTransform]:
         if TRANSFORMS.setdefault(name, kind) is not kind:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType, code_limits, divisor_of
@@ -12,7 +13,7 @@ from auto_round.codecs.registry import FP16_MAX, QuantFunc, clamp_to_float16, re
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
-Factor = torch.Tensor | float
+Factor = Tensor | float
 
 _TYPES: dict[str, dict[int, str]] = {
     "int_sym_dq": {3: "Q3_K", 6: "Q6_K"},
@@ -21,13 +22,13 @@ _TYPES: dict[str, dict[int, str]] = {
 }
 
 
-def _scaled(d: torch.Tensor, factor: Factor, integers: torch.Tensor | None, kind: GgmlType) -> torch.Tensor:
+def _scaled(d: Tensor, factor: Factor, integers: Tensor | None, kind: GgmlType) -> Tensor:
     """[out, groups, 1]: d or dmin times a factor, as float16 (straight-through gradient), times the groups' integers.
 
     Factors of groups become one per super-block, their mean, because that stores one d and dmin.
     """
     per = kind.block // kind.group
-    if isinstance(factor, torch.Tensor) and factor.numel() > 1:
+    if isinstance(factor, Tensor) and factor.numel() > 1:
         rows = factor.float().reshape(d.shape[0], -1)
         rows = torch.nn.functional.pad(rows, (0, d.shape[1] * per - rows.shape[1]), value=1.0)
         factor = rows.view(*d.shape, -1).mean(-1)
@@ -41,25 +42,20 @@ def _scaled(d: torch.Tensor, factor: Factor, integers: torch.Tensor | None, kind
 
 def _quant_function(name: str) -> QuantFunc:
     def quant_tensor_ggml(
-        tensor: torch.Tensor, bits: int = 4, group_size: GroupSize = 32, v: Factor = 0.0, min_scale: Factor = 1.0,
-        max_scale: Factor = 1.0, imatrix: torch.Tensor | None = None, **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | float]:  # fmt: skip
-        """Quantize and dequantize as a ggml type, with the steps and minima of the importance-weighted search.
+        tensor: Tensor, bits: int = 4, group_size: GroupSize = 32, v: Factor = 0.0, min_scale: Factor = 1.0,
+        max_scale: Factor = 1.0, imatrix: Tensor | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
+        """Quantize and dequantize a tensor [..., in], cut into zero-padded blocks, as a ggml type, with the steps and
+        minima of the importance-weighted search.
 
         Args:
-            tensor: [out, in] (or any shape; the last dimension is cut into blocks, zero-padded).
-            bits, group_size: of the type: Q2_K, Q4_K and Q5_K (`int_asym_dq`), Q3_K and Q6_K (`int_sym_dq`), Q4_1 and
-                Q5_1 (`int_asym_float_zp`).
             v: added to `tensor` before rounding, in its units; same shape, or a number.
             min_scale, max_scale: factors on the minima and on the steps; a number or one value a group.
             imatrix: [in], the second moment of each input channel, or None.
 
         Returns:
             (dequantized tensor of the same shape and dtype, steps float32 [out, groups], minima likewise, or without
-            minima the code of zero).
-
-        Raises:
-            ConfigError: no type with these bits and group size.
+            minima the code of zero). Raises ConfigError for bits and a group size that no type has.
         """
         if bits not in _TYPES[name]:
             known = ", ".join(str(number) for number in _TYPES[name])
@@ -80,14 +76,13 @@ def _quant_function(name: str) -> QuantFunc:
         minimum: Factor = 0.0
         if blocks.dmin is not None:
             minimum = _scaled(blocks.dmin, min_scale, blocks.mins, kind) * kind.min_sign
+        if isinstance(v, Tensor):
+            v = pad(v.float().reshape(flat.shape)).view(groups)
         shifted = weight - minimum
-        if isinstance(v, torch.Tensor):
-            shifted = shifted + pad(v.float().reshape(flat.shape)).view(groups)
-        elif v:
-            shifted = shifted + v
+        shifted = shifted + v if isinstance(v, Tensor) or v else shifted
         codes = round_ste(shifted / divisor_of(step)).clamp(*code_limits(kind))
         qdq = (codes * step + minimum).view(flat.shape[0], -1)[:, :columns].reshape(tensor.shape)
-        zero = minimum.detach().squeeze(-1) if isinstance(minimum, torch.Tensor) else float(kind.zero)
+        zero = minimum.detach().squeeze(-1) if isinstance(minimum, Tensor) else float(kind.zero)
         return qdq.to(tensor.dtype), step.detach().squeeze(-1), zero
 
     quant_tensor_ggml.__qualname__ = f"quant_tensor_ggml[{name}]"

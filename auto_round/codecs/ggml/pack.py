@@ -25,12 +25,15 @@ Integer scales and minima of a K block (`get_scale_min_k4` in ggml-quants.c):
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
+
 import torch
+from torch import Tensor
 
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, block_slices
 
 
-def join_scales(kind: GgmlType, scales: torch.Tensor, mins: torch.Tensor | None) -> torch.Tensor:
+def join_scales(kind: GgmlType, scales: Tensor, mins: Tensor | None) -> Tensor:
     """uint8 [blocks, 12 or 16] from scales int8 and minima uint8, both [blocks, groups]."""
     if kind.name == "Q6_K":
         return scales.view(torch.uint8)
@@ -47,7 +50,7 @@ def join_scales(kind: GgmlType, scales: torch.Tensor, mins: torch.Tensor | None)
     return torch.cat((first, middle, (s[:, 4:] & 15) | (mins[:, 4:] << 4)), 1)
 
 
-def split_scales(kind: GgmlType, data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split_scales(kind: GgmlType, data: Tensor) -> tuple[Tensor, Tensor | None]:
     """The inverse of `join_scales`: (scales int8 [blocks, groups], minima uint8 of that shape or None)."""
     if kind.name == "Q6_K":
         return data.view(torch.int8), None
@@ -83,7 +86,13 @@ _GATHER = 0x0102040810204080
 _DIAGONAL = 0x8040201008040201 - (1 << 64)  # bit i of byte i
 
 
-def pack_blocks(blocks: GgmlBlocks) -> torch.Tensor:
+def _places(kind: GgmlType) -> dict[str, slice]:
+    """Where each field is in a block, in bytes."""
+    ends = accumulate((size for _, size in LAYOUTS[kind.name]), initial=0)
+    return {field: slice(*place) for (field, _), place in zip(LAYOUTS[kind.name], pairwise(ends), strict=True)}
+
+
+def pack_blocks(blocks: GgmlBlocks) -> Tensor:
     """uint8 [out, row_bytes], contiguous, on the blocks' device: the bytes of the tensor in a file.
 
     Nothing is rounded or checked: any bits of `d`, and codes below 2**bits. Temporaries are limited to one chunk.
@@ -92,67 +101,43 @@ def pack_blocks(blocks: GgmlBlocks) -> torch.Tensor:
     out, columns = blocks.codes.shape
     data = torch.empty(out, kind.row_bytes(columns), dtype=torch.uint8, device=blocks.codes.device)
     codes, rows = blocks.codes.contiguous().view(-1, kind.block), data.view(-1, kind.nbytes)
-    per_block = {"d": _halves(blocks.d)}
-    if blocks.dmin is not None:
-        per_block["dmin"] = _halves(blocks.dmin)
+    halves = {"d": blocks.d, "dmin": blocks.dmin}
+    per_block = {key: t.reshape(-1).view(torch.uint8).view(-1, 2) for key, t in halves.items() if t is not None}
     if blocks.scales is not None:
         groups = kind.block // kind.group
         mins = None if blocks.mins is None else blocks.mins.reshape(-1, groups)
         per_block["scales"] = join_scales(kind, blocks.scales.reshape(-1, groups), mins)
     for where in block_slices(slice(0, codes.shape[0]), kind.block, codes.device, times=4):
-        some, start = codes[where], 0
-        for field, size in LAYOUTS[kind.name]:
-            source = per_block[field][where] if field in per_block else _join(field, some, kind)
-            rows[where, start : start + size] = source
-            start += size
+        for field, place in _places(kind).items():
+            rows[where, place] = per_block[field][where] if field in per_block else _join(field, codes[where], kind)
     return data
 
 
-def unpack_blocks(data: torch.Tensor, kind: GgmlType | str, columns: int) -> GgmlBlocks:
-    """The inverse of `pack_blocks`.
+def unpack_blocks(data: Tensor, kind: GgmlType | str, columns: int) -> GgmlBlocks:
+    """The inverse of `pack_blocks` for rows of `columns` weights.
 
-    Args:
-        data: uint8 [out, row_bytes], any device; any bytes are valid blocks.
-        kind: the type or its name.
-        columns: weights in a row.
+    `data`: uint8 [out, row_bytes], any device; any bytes are valid blocks. `kind`: the type or its name.
     """
     kind = GGML_TYPES[kind] if isinstance(kind, str) else kind
-    out = data.shape[0]
     assert data.shape[1] == kind.row_bytes(columns)
-    rows = data.contiguous().view(-1, kind.nbytes)
+    out, rows, places = data.shape[0], data.contiguous().view(-1, kind.nbytes), _places(kind)
     codes = torch.empty(out, columns, dtype=torch.uint8, device=data.device)
-    flat, per_block = codes.view(-1, kind.block), {}
-    start = 0
-    for field, size in LAYOUTS[kind.name]:
-        if field in ("d", "dmin", "scales"):
-            per_block[field] = _copy(rows[:, start : start + size])
-        start += size
+    flat = codes.view(-1, kind.block)
+    per_block = {key: _copy(rows[:, places.pop(key)]) for key in ("d", "dmin", "scales") if key in places}
     for where in block_slices(slice(0, rows.shape[0]), kind.block, data.device, times=4):
-        start, found = 0, {}
-        for field, size in LAYOUTS[kind.name]:
-            if field not in per_block:
-                found[field] = _copy(rows[where, start : start + size])
-            start += size
-        _split(found, flat[where], kind)
-    d = per_block["d"].view(torch.float16).view(out, -1)
-    dmin = per_block["dmin"].view(torch.float16).view(out, -1) if "dmin" in per_block else None
-    if "scales" not in per_block:
-        return GgmlBlocks(kind, codes, d, dmin=dmin)
-    scales, mins = split_scales(kind, per_block["scales"])
-    return GgmlBlocks(kind, codes, d, scales.view(out, -1), dmin, None if mins is None else mins.view(out, -1))
+        _split({field: _copy(rows[where, place]) for field, place in places.items()}, flat[where], kind)
+    scales, mins = split_scales(kind, per_block.pop("scales")) if "scales" in per_block else (None, None)
+    halves = {key: field.view(torch.float16).view(out, -1) for key, field in per_block.items()}
+    scales, mins = (None if part is None else part.view(out, -1) for part in (scales, mins))
+    return GgmlBlocks(kind, codes, scales=scales, mins=mins, **halves)
 
 
-def _copy(field: torch.Tensor) -> torch.Tensor:
+def _copy(field: Tensor) -> Tensor:
     """A contiguous copy, because `contiguous()` keeps a one-row slice at any storage offset."""
     return field.clone(memory_format=torch.contiguous_format)
 
 
-def _halves(values: torch.Tensor) -> torch.Tensor:
-    """float16 [out, blocks] as uint8 [out * blocks, 2]."""
-    return values.reshape(-1).view(torch.uint8).view(-1, 2)
-
-
-def _words(codes: torch.Tensor) -> torch.Tensor:
+def _words(codes: Tensor) -> Tensor:
     """uint8 [blocks, n], contiguous, as int64 [blocks, n / 8]."""
     flat = codes.reshape(-1)
     if flat.storage_offset() % 8:  # a view that does not start at a multiple of 8 bytes
@@ -160,7 +145,7 @@ def _words(codes: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.int64).view(codes.shape[0], -1)
 
 
-def _join(field: str, codes: torch.Tensor, kind: GgmlType) -> torch.Tensor:
+def _join(field: str, codes: Tensor, kind: GgmlType) -> Tensor:
     """The bytes of one field of codes uint8 [blocks, block]."""
     if field == "bytes":
         return codes ^ 0x80  # two's complement of the code less 128
@@ -188,7 +173,7 @@ def _join(field: str, codes: torch.Tensor, kind: GgmlType) -> torch.Tensor:
     return joined.reshape(count, -1).view(torch.uint8)
 
 
-def _split(fields: dict[str, torch.Tensor], codes: torch.Tensor, kind: GgmlType) -> None:
+def _split(fields: dict[str, Tensor], codes: Tensor, kind: GgmlType) -> None:
     """Write the codes of the fields to `codes`, uint8 [blocks, block]."""
     if "bytes" in fields:
         torch.bitwise_xor(fields["bytes"], 0x80, out=codes)

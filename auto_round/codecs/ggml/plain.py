@@ -1,10 +1,8 @@
 """Quantize to ggml types without importance, byte for byte as llama.cpp does without an imatrix.
 
 The rules are `quantize_row_q4_0_ref` to `quantize_row_q6_K_ref` of ggml-quants.c, operation by operation in float32
-(order of sums, quotients, ties), even where they are not optimal (a `Q4_0` block whose d is zero in float16 keeps its
-codes); `search.py` gives smaller errors.
-
-K types fit a step (and minimum) to each group of 16 or 32, then integers to these:
+(order of sums, quotients, ties), even where they are not optimal; `search.py` gives smaller errors. K types fit a step
+(and minimum) to each group of 16 or 32, then integers to these:
 
 | type | weight of an error | ranges tried (steps between the ends) | error |
 |---|---|---|---|
@@ -13,7 +11,7 @@ K types fit a step (and minimum) to each group of 16 or 32, then integers to the
 | Q6_K | the weight's square | 31.1 to 32.9 | square |
 | Q3_K | the weight's square | none: coordinate descent over the codes | square |
 
-They work on columns, float32 [group, columns] with one column per group, so that PyTorch vectorizes sums and extremes.
+They work on float32 [group, columns], one column per group, so that PyTorch vectorizes sums and extremes.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, block_slices
 from auto_round.errors import NumericsError
@@ -42,13 +41,13 @@ class OrderedSum:
     """A buffer [16 or 32, columns] whose columns are summed from the first row to the last, as ggml's loops do:
     PyTorch's sum over the first dimension adds only 16 rows in order."""
 
-    def __init__(self, like: torch.Tensor) -> None:
+    def __init__(self, like: Tensor) -> None:
         self.values = torch.empty_like(like)
         self._first = self.values[:_ROWS_IN_ORDER]
         starts = range(_ROWS_IN_ORDER, like.shape[0], _ROWS_IN_ORDER)
         self._rest = [(self.values[s - 1], self.values[s - 1 : s + _ROWS_IN_ORDER]) for s in starts]
 
-    def total(self, out: torch.Tensor | None = None) -> torch.Tensor:
+    def total(self, out: Tensor | None = None) -> Tensor:
         """[columns]: the sums. Overwrites 32 rows of terms."""
         out = torch.sum(self._first, 0) if out is None else torch.sum(self._first, 0, out=out)
         for spare, rows in self._rest:
@@ -57,14 +56,14 @@ class OrderedSum:
         return out
 
 
-def total(terms: torch.Tensor) -> torch.Tensor:
+def total(terms: Tensor) -> Tensor:
     """[columns]: the sum of each column of `terms`, in the order of `OrderedSum`."""
     buffer = OrderedSum(terms)
     buffer.values.copy_(terms)
     return buffer.total()
 
 
-def signed_absmax(values: torch.Tensor, dim: int) -> torch.Tensor:
+def signed_absmax(values: Tensor, dim: int) -> Tensor:
     """The value of the largest magnitude along `dim` of a matrix: the first on a tie, never -0, NaN where one is
     NaN."""
     high, low = values.amax(dim), values.amin(dim)
@@ -77,41 +76,32 @@ def signed_absmax(values: torch.Tensor, dim: int) -> torch.Tensor:
     return found
 
 
-def exact_quotient(numerator: float | torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
-    """The correctly rounded quotient on every device: with a Python number, PyTorch multiplies by a reciprocal on
-    some."""
-    like = numerator if isinstance(numerator, torch.Tensor) else divisor
-    assert isinstance(like, torch.Tensor)
-    sides = [x if isinstance(x, torch.Tensor) else like.new_full((), x) for x in (numerator, divisor)]
+def exact_quotient(numerator: float | Tensor, divisor: float | Tensor) -> Tensor:
+    """The correctly rounded quotient, also where PyTorch multiplies by the reciprocal of a Python number."""
+    like = numerator if isinstance(numerator, Tensor) else divisor
+    assert isinstance(like, Tensor)
+    sides = [x if isinstance(x, Tensor) else like.new_full((), x) for x in (numerator, divisor)]
     return sides[0] / sides[1]
 
 
 class Fit(NamedTuple):
     """Fit of each group."""
 
-    step: torch.Tensor  # float32 [columns]
-    codes: torch.Tensor  # float32 [group, columns], as stored; used where the stored step is zero
-    minimum: torch.Tensor | None = None  # float32 [columns], subtracted by readers, not negative
+    step: Tensor  # float32 [columns]
+    codes: Tensor  # float32 [group, columns], as stored; used where the stored step is zero
+    minimum: Tensor | None = None  # float32 [columns], subtracted by readers, not negative
 
 
-def candidates(first: float, delta: float, count: int, top: int) -> torch.Tensor:
+def candidates(first: float, delta: float, count: int, top: int) -> Tensor:
     """float32 [count]: `first + delta * i + top`, the ranges to try instead of `top` steps."""
     return (torch.arange(count, dtype=torch.float32) * delta + first) + top
 
 
-def fit_with_minimum(
-    x: torch.Tensor, weight: torch.Tensor, top: int, ranges: torch.Tensor, absolute: bool = False
-) -> Fit:
-    """Steps and minima with small weighted errors.
+def fit_with_minimum(x: Tensor, weight: Tensor, top: int, ranges: Tensor, absolute: bool = False) -> Fit:
+    """Steps and minima of columns `x` with small errors, weighted by `weight`: magnitudes if `absolute`, else squares.
 
-    Every candidate range proposes codes, and weighted least squares through them a step and a minimum of at most zero;
-    the pair with the smallest error is kept. Candidates start at the best minimum so far.
-
-    Args:
-        x, weight: weights and weights of their errors, float32 [group, columns].
-        top: the largest code.
-        ranges: float32 [n] on the CPU (`candidates`).
-        absolute: errors are magnitudes, not squares.
+    Every candidate range proposes codes 0 to `top`, and weighted least squares through them a step and a minimum of at
+    most zero; the pair with the smallest error is kept. Candidates start at the best minimum so far.
     """
     products, others = OrderedSum(x), OrderedSum(x)
     codes, term, other = torch.empty_like(x), products.values, others.values
@@ -126,10 +116,10 @@ def fit_with_minimum(
     sum_x, sum_w = products.total(), others.total()
     sum_l, sum_l2, sum_xl, spread, part = torch.empty(5, x.shape[1], device=x.device).unbind(0)
 
-    def find_codes(of: torch.Tensor) -> None:
+    def find_codes(of: Tensor) -> None:
         torch.sub(x, of[4], out=codes).mul_(of[3]).round_().clamp_(0, top)
 
-    def find_error(of: torch.Tensor) -> None:
+    def find_error(of: Tensor) -> None:
         torch.mul(codes, of[1], out=term).add_(of[2]).sub_(x)
         (term.abs_() if absolute else term.mul_(term)).mul_(weight)
         products.total(of[0])
@@ -162,16 +152,11 @@ def fit_with_minimum(
     return Fit(best[1].masked_fill(flat, 0.0), codes, -best[2])
 
 
-def fit_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int, ranges: torch.Tensor) -> Fit:
-    """Steps (of either sign) with small weighted squared errors.
+def fit_symmetric(x: Tensor, weight: Tensor, zero: int, ranges: Tensor) -> Fit:
+    """Steps (of either sign) of columns `x` with small squared errors, weighted by `weight`.
 
-    Each candidate range maps the value of the largest magnitude to its end and proposes codes; the least-squares step
-    with the largest reduction of the error is kept.
-
-    Args:
-        x, weight: weights and weights of their errors, float32 [group, columns].
-        zero: codes are -zero .. zero - 1.
-        ranges: float32 [n] on the CPU; the first is the starting point.
+    Each candidate range maps the value of the largest magnitude to its end and proposes codes, -zero to zero - 1; the
+    least-squares step with the largest reduction of the error is kept. The first range is the starting point.
     """
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
@@ -199,7 +184,7 @@ def fit_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int, ranges: torc
     return Fit(best[1].masked_fill(none, 0.0), codes)
 
 
-def descend_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int) -> Fit:
+def descend_symmetric(x: Tensor, weight: Tensor, zero: int) -> Fit:
     """Steps by coordinate descent over the codes. Arguments as for `fit_symmetric`."""
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
@@ -211,7 +196,7 @@ def descend_symmetric(x: torch.Tensor, weight: torch.Tensor, zero: int) -> Fit:
     return Fit(step.masked_fill_(none, 0.0), codes.add_(zero).mul_((~none).float()))
 
 
-def _descend(state: Sequence[torch.Tensor], zero: int, rounds: int) -> None:
+def _descend(state: Sequence[Tensor], zero: int, rounds: int) -> None:
     """Update the codes and sums of (x, weight, pull, codes, sums): the sums [2, columns] are those of pull * codes and
     weight * codes**2."""
     x = state[0]
@@ -227,13 +212,9 @@ def _descend(state: Sequence[torch.Tensor], zero: int, rounds: int) -> None:
             whole.index_copy_(1, active, part)
 
 
-def _descend_once(
-    zero: int, x: torch.Tensor, weight: torch.Tensor, pull: torch.Tensor, codes: torch.Tensor, sums: torch.Tensor
-) -> torch.Tensor:
-    """One round of `_descend`; returns float32 [columns], 1 where a code changed.
-
-    Conditions are float32 tensors, because on a CPU PyTorch is several times slower with bools beside floats.
-    """
+def _descend_once(zero: int, x: Tensor, weight: Tensor, pull: Tensor, codes: Tensor, sums: Tensor) -> Tensor:
+    """One round of `_descend`; returns float32 [columns], 1 where a code changed. Conditions are float32 tensors,
+    because on a CPU PyTorch is several times slower with bools beside floats."""
     sumlx, suml2 = sums.unbind(0)
     slx, sl2, new, with_it, left, right, moved = torch.zeros(7, sumlx.shape[0], device=x.device).unbind(0)
     shares = pull * codes, (weight * codes).mul_(codes)
@@ -264,10 +245,10 @@ _RANGES = {
 }  # fmt: skip
 
 
-Numbers = dict[str, torch.Tensor]  # fields of GgmlBlocks for some blocks: d and dmin [some], scales and mins by group
+Numbers = dict[str, Tensor]  # fields of GgmlBlocks for some blocks: d and dmin [some], scales and mins by group
 
 
-def _plain_k(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+def _plain_k(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
     """Blocks float32 [some, 256] of a K type."""
     groups, some = x.reshape(-1, kind.group), x.shape[0]
     groups = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[0] % _COLUMNS))
@@ -278,7 +259,7 @@ def _plain_k(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
     return numbers
 
 
-def _k_with_minimum(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.Tensor, Numbers]:
+def _k_with_minimum(x: Tensor, some: int, kind: GgmlType) -> tuple[Tensor, Numbers]:
     weight, top = x.abs(), kind.codes - 1
     if kind.bits > 2:
         # PyTorch's float32 square root may be off by one bit; rounded from float64 it is not.
@@ -293,7 +274,7 @@ def _k_with_minimum(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.T
     return torch.where(step == 0, fit.codes, nearest), {"d": d, "scales": scales, "dmin": dmin, "mins": mins}
 
 
-def _k_symmetric(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.Tensor, Numbers]:
+def _k_symmetric(x: Tensor, some: int, kind: GgmlType) -> tuple[Tensor, Numbers]:
     zero, end = kind.zero, 1 << (kind.scale_bits - 1)
     if kind.bits == 3:
         fit = descend_symmetric(x, x * x, zero)
@@ -312,19 +293,19 @@ def _k_symmetric(x: torch.Tensor, some: int, kind: GgmlType) -> tuple[torch.Tens
     return torch.where(step == 0, fit.codes, nearest), {"d": d, "scales": scales}
 
 
-def _by_block(columns: torch.Tensor, some: int, kind: GgmlType) -> torch.Tensor:
+def _by_block(columns: Tensor, some: int, kind: GgmlType) -> Tensor:
     """[columns], one value per group, as [some, groups of a block], without the padding."""
     groups = kind.block // kind.group
     return columns[: some * groups].view(some, groups)
 
 
-def _by_column(scale: torch.Tensor, integers: torch.Tensor) -> torch.Tensor:
+def _by_column(scale: Tensor, integers: Tensor) -> Tensor:
     """[columns]: scale float16 [some] times integers [some, groups], zero-padded."""
     flat = (scale.float().unsqueeze(1) * integers).reshape(-1)
     return torch.nn.functional.pad(flat, (0, -flat.numel() % _COLUMNS))
 
 
-def _as_integers(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _as_integers(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """(scale float16 [some], integers float32 [some, groups] of 0 .. top): the largest of a block becomes `top`."""
     largest = values.amax(1)
     none = largest <= 0
@@ -338,12 +319,12 @@ def _as_integers(values: torch.Tensor, top: int) -> tuple[torch.Tensor, torch.Te
 _BELOW_HALF = 0.49999997
 
 
-def _inverse(step: torch.Tensor) -> torch.Tensor:
+def _inverse(step: Tensor) -> Tensor:
     """1 / step, or zero where it is zero."""
     return exact_quotient(1.0, step).masked_fill_(step == 0, 0.0).unsqueeze(1)
 
 
-def _plain_symmetric(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+def _plain_symmetric(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
     """The value of the largest magnitude gets the first code, which is one step further from zero than the last. In
     `Q8_0` both ends are 127 steps from zero, and ties round away from zero."""
     if kind.bits == 8:
@@ -358,7 +339,7 @@ def _plain_symmetric(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Nu
     return {"d": step}
 
 
-def _plain_with_minimum(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) -> Numbers:
+def _plain_with_minimum(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
     """Codes from the block's minimum to its maximum."""
     low = x.amin(1).add_(0.0)  # no -0
     step = exact_quotient(x.amax(1) - low, float(kind.codes - 1))
@@ -367,15 +348,10 @@ def _plain_with_minimum(x: torch.Tensor, kind: GgmlType, codes: torch.Tensor) ->
     return {"d": step, "dmin": low}
 
 
-def plain_blocks(weight: torch.Tensor, name: str) -> GgmlBlocks:
-    """A weight in a ggml type, rounded to nearest.
+def plain_blocks(weight: Tensor, name: str) -> GgmlBlocks:
+    """A weight [out, in] in the ggml type `name`, such as `Q4_K`, rounded to nearest; `in` fills whole blocks.
 
-    Args:
-        weight: [out, in] of any float type and on any device; `in` fills whole blocks.
-        name: of the type, `Q4_K`.
-
-    Returns:
-        Blocks on the weight's device. Raises NumericsError when weights are NaN or Inf, or too large for a float16 d.
+    Raises NumericsError when weights are NaN or Inf, or too large for a float16 d.
     """
     kind = GGML_TYPES[name]
     out, columns = weight.shape

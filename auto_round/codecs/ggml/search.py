@@ -1,7 +1,7 @@
 """Importance-weighted search for ggml types: integer scales and minima, super-block scales, codes.
 
-It minimizes `sum h (w - W)^2` over all weights, where W is the dequantized weight and h the second moment of the
-weight's input channel, in three parts:
+It minimizes `sum h (w - W)^2`, with W the dequantized weight and h the second moment of its input channel, in three
+parts:
 
 1. the best step and minimum of each group, as real numbers. For fixed codes q the error of `s q + m` is quadratic in s
    and m, and the least-squares pair reduces it by `s sum(h q x) + m sum(h x)`: a candidate only proposes codes, and is
@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, code_limits, inverse_of, round_codes
 from auto_round.threads import parallel_map
@@ -30,19 +31,15 @@ _TINY = 1e-30
 class SearchConfig(NamedTuple):
     """Candidates of one type."""
 
-    # Initial ranges of a group: (width, start) as fractions of its range; without minimum (width, sign of the step).
+    # Initial ranges of a group: (width, start) as fractions of its range; without minimum a width, signed as the step.
     starts: tuple[Pair, ...]
-    refits: int  # rounds of least squares after the best of them
-    # For each round, arguments of `StoredParams.perturbed`; without minimum the second is unused.
-    perturbations: tuple[tuple[Pair, ...], ...]
+    perturbations: tuple[tuple[Pair, ...], ...]  # for each round, arguments of `StoredParams.perturbed`
+    refits: int = 2  # rounds of least squares after the best start
 
 
-def _candidates(*widths: float, mirrored: tuple[float, ...] = ()) -> tuple[Pair, ...]:
-    return tuple((width, 1.0) for width in widths) + tuple((width, -1.0) for width in mirrored)
-
-
-def _scale_perturbations(*perturbations: float) -> tuple[Pair, ...]:
-    return tuple((change, 0.0) for change in perturbations)
+def _alone(*values: float) -> tuple[Pair, ...]:
+    """Values of a type without minimum, which has no second ones."""
+    return tuple((value, 0.0) for value in values)
 
 
 _TWO_BITS = ((0.8, 0.1), (0.8, 0.2), (0.8, 0), (0.5, 0.3), (1.05, 0), (0.55, 0.15), (0.75, 0.3), (0.65, 0))
@@ -72,54 +69,44 @@ _MOVES_5 = (
 
 SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType({
     "Q4_0": SearchConfig(
-        _candidates(0.98, 0.86, 1.14, 0.74, 1.06, 0.94, mirrored=(0.94, 0.66)), 2,
-        (_scale_perturbations(1.375, 1, 0.5, 0.25, -0.25),),
+        _alone(0.98, 0.86, 1.14, 0.74, 1.06, 0.94, -0.94, -0.66), (_alone(1.375, 1, 0.5, 0.25, -0.25),)
     ),
     "Q5_0": SearchConfig(
-        _candidates(0.99, 1.06, 0.92, 1.02, 0.96, 0.88, mirrored=(0.99,)), 2,
-        (_scale_perturbations(1.25, 0.75, 1.5, -1.5, 0.375, 1), _scale_perturbations(1.5, 1.25, 0.25, -1.5)),
+        _alone(0.99, 1.06, 0.92, 1.02, 0.96, 0.88, -0.99),
+        (_alone(1.25, 0.75, 1.5, -1.5, 0.375, 1), _alone(1.5, 1.25, 0.25, -1.5)),
     ),
     "Q8_0": SearchConfig(
-        _candidates(1), 0,
-        (_scale_perturbations(1.125, 1.5, 0.75, -0.5, -1, -0.25), _scale_perturbations(1.5, 1.125, 0.375, -1.5)),
+        _alone(1), (_alone(1.125, 1.5, 0.75, -0.5, -1, -0.25), _alone(1.5, 1.125, 0.375, -1.5)), refits=0
     ),
-    "Q4_1": SearchConfig(_FOUR_BITS, 2, _SHIFTS),
-    "Q5_1": SearchConfig(_FIVE_BITS, 2, _SHIFTS),
-    "Q2_K": SearchConfig(_TWO_BITS, 2, _MOVES_2),
+    "Q4_1": SearchConfig(_FOUR_BITS, _SHIFTS), "Q5_1": SearchConfig(_FIVE_BITS, _SHIFTS),
+    "Q2_K": SearchConfig(_TWO_BITS, _MOVES_2),
     "Q3_K": SearchConfig(
-        _candidates(0.95, 0.7, 1.2, 1.05, 0.85, 0.55, mirrored=(0.9, 0.65)), 2,
-        (_scale_perturbations(-5, 6, 3, -3, 8, -7), _scale_perturbations(8, -7, -10, 6, -1, 1)),
+        _alone(0.95, 0.7, 1.2, 1.05, 0.85, 0.55, -0.9, -0.65),
+        (_alone(-5, 6, 3, -3, 8, -7), _alone(8, -7, -10, 6, -1, 1)),
     ),
-    "Q4_K": SearchConfig(_FOUR_BITS, 2, _MOVES_4),
-    "Q5_K": SearchConfig(_FIVE_BITS, 2, _MOVES_5),
+    "Q4_K": SearchConfig(_FOUR_BITS, _MOVES_4), "Q5_K": SearchConfig(_FIVE_BITS, _MOVES_5),
     "Q6_K": SearchConfig(
-        _candidates(1, 1.05, 1.03, 0.97, 1.06, 1.01, 0.99, mirrored=(1.04,)), 2,
-        (
-            _scale_perturbations(-6, 7, -4, 4, -9, 10, 3, -3),
-            _scale_perturbations(-8, 8, -6, 10, -10, 6, -5, 5, 3, -3),
-        ),
+        _alone(1, 1.05, 1.03, 0.97, 1.06, 1.01, 0.99, -1.04),
+        (_alone(-6, 7, -4, 4, -9, 10, 3, -3), _alone(-8, 8, -6, 10, -10, 6, -5, 5, 3, -3)),
     ),
 })  # fmt: skip
 
 
-def pairwise_sum(values: torch.Tensor) -> torch.Tensor:
+def pairwise_sum(values: Tensor) -> Tensor:
     """The sum over the first dimension, whose size is a power of two; `values` is overwritten, and the result a view.
-
-    By halves, because the order of `torch.sum` depends on strides and the number of threads, and a search that compares
-    sums would not be reproducible.
-    """
+    By halves, because the order of `torch.sum` depends on strides and the number of threads."""
     while values.shape[0] > 1:
         half = values.shape[0] // 2
         values = torch.add(values[:half], values[half:], out=values[:half])
     return values[0]
 
 
-def over_groups(values: torch.Tensor) -> torch.Tensor:
+def over_groups(values: Tensor) -> Tensor:
     """[g, B] summed to [1, B]; `values` is overwritten."""
     return pairwise_sum(values).unsqueeze(0)
 
 
-def to_half(value: torch.Tensor) -> torch.Tensor:
+def to_half(value: Tensor) -> Tensor:
     """float32 values rounded to float16; Inf where they exceed it, which is refused when the layer is stored."""
     return value.half().float()
 
@@ -133,21 +120,16 @@ def scale_limits(kind: GgmlType) -> tuple[int, int]:
 class Sums(NamedTuple):
     """Sums over each group of its codes q, [g, B] each: h q, h q^2, h q x."""
 
-    q: torch.Tensor
-    qq: torch.Tensor
-    qx: torch.Tensor
+    q: Tensor
+    qq: Tensor
+    qx: Tensor
 
 
 class SearchChunk:
-    """Blocks in columns, so that sums over a group are vectorized sums of long rows.
+    """Weights `x` float32 [n, g, B], n in a group, g groups in a block and B blocks, so that sums over a group are
+    vectorized sums of long rows; `h` is their importance, like `x`, or [n, g, 1] for all blocks."""
 
-    Args:
-        x: weights, float32 [n, g, B]: n weights in a group, g groups in a block, B blocks.
-        h: importance, like `x`, or [n, g, 1] for all blocks.
-        kind: the type. Codes are `low` to `high` here, minus their zero.
-    """
-
-    def __init__(self, x: torch.Tensor, h: torch.Tensor, kind: GgmlType) -> None:
+    def __init__(self, x: Tensor, h: Tensor, kind: GgmlType) -> None:
         self.x, self.h, self.kind = x, h, kind
         self.low, self.high = code_limits(kind)
         self.hx = h * x
@@ -155,7 +137,7 @@ class SearchChunk:
         self.sum_h, self.sum_hx = (pairwise_sum(self._t.copy_(part)).clone() for part in (h.expand_as(x), self.hx))
         self.sum_hxx = pairwise_sum(torch.mul(self.hx, x, out=self._t)).clone()
 
-    def _round(self, step: torch.Tensor, minimum: torch.Tensor | None) -> torch.Tensor:
+    def _round(self, step: Tensor, minimum: Tensor | None) -> Tensor:
         """Write weights in units of steps to `_t` and their codes to `_q`; returns the latter."""
         inverse = inverse_of(step)
         if minimum is None:
@@ -164,7 +146,7 @@ class SearchChunk:
             torch.sub(self.x, minimum, out=self._t).mul_(inverse)
         return torch.round(self._t, out=self._q).clamp_(self.low, self.high)
 
-    def error(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> torch.Tensor:
+    def error(self, step: Tensor, minimum: Tensor | None = None) -> Tensor:
         """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes, for steps of any sign or
         zero."""
         wrong = self._round(step, minimum).sub_(self._t)
@@ -174,7 +156,7 @@ class SearchChunk:
             flat = flat + minimum * (minimum * self.sum_h - 2 * self.sum_hx)
         return torch.where(step == 0, flat, found)
 
-    def sums(self, step: torch.Tensor, minimum: torch.Tensor | None = None) -> Sums:
+    def sums(self, step: Tensor, minimum: Tensor | None = None) -> Sums:
         """Sums of the nearest codes."""
         q = self._round(step, minimum)
         qx = pairwise_sum(torch.mul(q, self.hx, out=self._t)).clone()
@@ -183,17 +165,14 @@ class SearchChunk:
         return Sums(pairwise_sum(weighted).clone(), qq, qx)
 
 
-def fit_steps(chunk: SearchChunk, config: SearchConfig) -> torch.Tensor:
-    """Steps without minimum, [g, B]; zero where all weights are.
-
-    A start is (factor, sign) on the step that maps the weight of largest magnitude to the lowest code; the other sign
-    maps it to the highest one.
-    """
+def fit_steps(chunk: SearchChunk, config: SearchConfig) -> Tensor:
+    """Steps without minimum, [g, B]; zero where all weights are. Starts are factors on the step that maps the weight of
+    largest magnitude to the lowest code."""
     high, low = chunk.x.amax(0), chunk.x.amin(0)
     base = torch.where(high > -low, high, low) / chunk.low
     best, gain = base, torch.full_like(base, -1.0)
     for index in range(len(config.starts) + config.refits):
-        trial = base * (config.starts[index][0] * config.starts[index][1]) if index < len(config.starts) else best
+        trial = base * config.starts[index][0] if index < len(config.starts) else best
         sums = chunk.sums(trial)
         step = sums.qx / sums.qq.clamp(min=_TINY)
         found = step * sums.qx
@@ -202,7 +181,7 @@ def fit_steps(chunk: SearchChunk, config: SearchConfig) -> torch.Tensor:
     return best
 
 
-def fit_steps_and_minima(chunk: SearchChunk, config: SearchConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def fit_steps_and_minima(chunk: SearchChunk, config: SearchConfig) -> tuple[Tensor, Tensor]:
     """(steps >= 0, minima), [g, B]. In K types no minimum is above zero."""
     bottom, above_zero = chunk.x.amin(0), chunk.kind.min_sign > 0
     if not above_zero:
@@ -235,19 +214,10 @@ def fit_steps_and_minima(chunk: SearchChunk, config: SearchConfig) -> tuple[torc
 _WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
 
 
-def choose_super_scale(
-    values: torch.Tensor, weights: torch.Tensor, low: int, high: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The super-block scale d with the least `sum a (v - d k)^2` over the groups, among `_WIDTHS`.
-
-    Args:
-        values: v, [g, B]; not negative where `low` is 0.
-        weights: a, [g, B].
-        low, high: limits of the integers k.
-
-    Returns:
-        (d float32 [1, B], values of float16; k float32 [g, B]).
-    """
+def choose_super_scale(values: Tensor, weights: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """(d, k): the super-block scale float16 in float32 [1, B] with the least `sum a (v - d k)^2` over the groups, among
+    `_WIDTHS`, and its integers float32 [g, B] from `low` to `high`. `values`: v, not negative where `low` is 0;
+    `weights`: a."""
     top, bottom = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     base = top / high if low == 0 else torch.where(top > -bottom, top, bottom) / low
     # All candidates at once, [g, candidates, B], because single ones are small.
@@ -275,12 +245,12 @@ class StoredParams:
     dmin [1, B], scales and mins [g, B]; the latter are ones without sub-blocks, and the minima None without minima."""
 
     kind: GgmlType
-    d: torch.Tensor
-    scales: torch.Tensor
-    dmin: torch.Tensor | None
-    mins: torch.Tensor | None
+    d: Tensor
+    scales: Tensor
+    dmin: Tensor | None
+    mins: Tensor | None
 
-    def step_and_minimum(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def step_and_minimum(self) -> tuple[Tensor, Tensor | None]:
         """The groups' steps and minima, [g, B], as readers compute them."""
         step = self.d * self.scales
         if self.dmin is None or self.mins is None:
@@ -326,7 +296,7 @@ class StoredParams:
             return replace(self, scales=torch.zeros_like(self.scales), mins=empty(self.mins))
         return replace(self, d=torch.zeros_like(self.d), dmin=empty(self.dmin))
 
-    def where(self, better: torch.Tensor, other: StoredParams) -> StoredParams:
+    def where(self, better: Tensor, other: StoredParams) -> StoredParams:
         """`other` where `better` ([g, B], or [1, B] when d and dmin differ) is true, else this."""
         pick = lambda new, old: new if new is old else torch.where(better, new, old)  # noqa: E731
         d, scales = pick(other.d, self.d), pick(other.scales, self.scales)
@@ -348,23 +318,18 @@ _GPU_CHUNK = 1 << 23
 
 @torch.no_grad()
 def search_blocks(
-    weight: torch.Tensor, name: str, importance: torch.Tensor | None = None, quick: bool = False, codes: bool = True
+    weight: Tensor, name: str, importance: Tensor | None = None, quick: bool = False, codes: bool = True
 ) -> GgmlBlocks:
-    """Blocks of a matrix with a small importance-weighted squared error.
+    """Blocks of a matrix [out, in] in the ggml type `name` with a small importance-weighted squared error. For NaN or
+    Inf weights d is not finite or the codes are arbitrary; callers check.
 
     Args:
-        weight: [out, in], any float dtype; searched in float32. `in` must fill blocks.
-        name: of the type, `Q4_K`.
         importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
         quick: a fifth of the time: fewer starts and no perturbations. Enough for GPTQ, whose gain is far larger.
         codes: False leaves the codes uninitialized.
-
-    Returns:
-        GgmlBlocks on the weight's device. For NaN or Inf weights d is not finite or the codes are arbitrary; callers
-        check.
     """
     kind, config = GGML_TYPES[name], SEARCH_CONFIGS[name]
-    config = SearchConfig(config.starts[:4], 1, ()) if quick else config
+    config = SearchConfig(config.starts[:4], (), refits=1) if quick else config
     out, columns = weight.shape
     assert columns % kind.block == 0, f"{columns} columns do not fill blocks of {kind.block}"
     count, per = columns // kind.block, kind.block // kind.group
@@ -402,7 +367,7 @@ def _chunks(out: int, count: int, blocks: int) -> Iterator[tuple[slice, slice]]:
             yield slice(r, min(r + some, out)), slice(c, min(c + columns, count))
 
 
-def _normalized_importance(importance: torch.Tensor | None, columns: int, device: torch.device) -> torch.Tensor:
+def _normalized_importance(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
     """float32 [in] of mean one. A channel that was never active in the calibration data still gets a small weight, so
     that its weights are not rounded at random."""
     given = torch.ones(columns, device=device) if importance is None else importance.to(device, torch.float32)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
 
 from auto_round.codecs.quantized_layer import Codes, QuantizedLayer
 from auto_round.codecs.registry import FP16_MAX
@@ -89,11 +90,11 @@ class GgmlBlocks(Codes):
     """A matrix in blocks, as stored."""
 
     kind: GgmlType
-    codes: torch.Tensor  # uint8 [out, in], 0 .. 2**bits - 1
-    d: torch.Tensor  # float16 [out, in/block], the scale of the sub-blocks' scales (of the codes, without sub-blocks)
-    scales: torch.Tensor | None = None  # int8 [out, in/group] with sub-blocks: 0 .. 2**scale_bits - 1, or signed
-    dmin: torch.Tensor | None = None  # float16 [out, in/block], the scale of the minima (or the minimum itself)
-    mins: torch.Tensor | None = None  # uint8 [out, in/group]
+    codes: Tensor  # uint8 [out, in], 0 .. 2**bits - 1
+    d: Tensor  # float16 [out, in/block], the scale of the sub-blocks' scales (of the codes, without sub-blocks)
+    scales: Tensor | None = None  # int8 [out, in/group] with sub-blocks: 0 .. 2**scale_bits - 1, or signed
+    dmin: Tensor | None = None  # float16 [out, in/block], the scale of the minima (or the minimum itself)
+    mins: Tensor | None = None  # uint8 [out, in/group]
 
     @classmethod
     def empty(cls, kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
@@ -108,20 +109,20 @@ class GgmlBlocks(Codes):
     def ggml(self) -> str:
         return self.kind.name
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> Tensor:
         """float32 [out, in/group]: the distance between codes, rounded as readers compute it."""
         return self._over_groups(self.d, self.scales)
 
-    def minimum(self) -> torch.Tensor | None:
+    def minimum(self) -> Tensor | None:
         """float32 [out, in/group], added to every weight of the group (negative in K types); None without."""
         return None if self.dmin is None else self._over_groups(self.dmin, self.mins) * self.kind.min_sign
 
-    def _over_groups(self, scale: torch.Tensor, integers: torch.Tensor | None) -> torch.Tensor:
+    def _over_groups(self, scale: Tensor, integers: Tensor | None) -> Tensor:
         if integers is None:
             return scale.float()
         return scale.float().repeat_interleave(self.kind.block // self.kind.group, dim=1) * integers.float()
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self) -> Tensor:
         """float32 [out, in], bit for bit as ggml computes it: step * (code - zero), then the minimum."""
         values = self.codes.float().sub_(self.kind.zero).view(self.codes.shape[0], -1, self.kind.group)
         values.mul_(self.step().unsqueeze(-1))
@@ -130,19 +131,15 @@ class GgmlBlocks(Codes):
             values.add_(minimum.unsqueeze(-1))
         return values.view(self.codes.shape)
 
-    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[torch.Tensor | str, ...]:
+    def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         return self.kind.name, *self.tensors().values()
 
-    def clamped_scales(self, weight: torch.Tensor) -> int:
+    def clamped_scales(self, weight: Tensor) -> int:
         """Number of blocks with a weight beyond float16, which their d cannot follow."""
         low, high = torch.aminmax(weight)
         if max(-float(low), float(high)) <= FP16_MAX:
             return 0
         return int((weight.reshape(-1, self.kind.block).abs().amax(1) > FP16_MAX).sum())
-
-    def with_codes(self, codes: torch.Tensor) -> GgmlBlocks:
-        """The same scales with other codes."""
-        return replace(self, codes=codes)
 
 
 # Weights per thread and chunk: a float32 buffer of 1 MB. With fewer, launching PyTorch's operations dominates.
@@ -171,19 +168,17 @@ def code_limits(kind: GgmlType) -> tuple[float, float]:
     return float(low), float(kind.codes - 1 - kind.zero)
 
 
-def divisor_of(step: torch.Tensor) -> torch.Tensor:
+def divisor_of(step: Tensor) -> Tensor:
     """The step as a divisor: a huge one for a step of zero, so all codes of its group are zero."""
     return torch.where(step == 0, _HUGE, step)
 
 
-def inverse_of(step: torch.Tensor) -> torch.Tensor:
+def inverse_of(step: Tensor) -> Tensor:
     """1 / step, and almost zero for a step of zero."""
     return divisor_of(step).reciprocal_()
 
 
-def round_codes(
-    groups: torch.Tensor, inverse: torch.Tensor, minimum: torch.Tensor | None, v: torch.Tensor | None, kind: GgmlType
-) -> torch.Tensor:
+def round_codes(groups: Tensor, inverse: Tensor, minimum: Tensor | None, v: Tensor | None, kind: GgmlType) -> Tensor:
     """uint8 codes of float32 weights: `clamp(round((w - minimum) * inverse + v)) + zero`, with `v` in units of one
     code; the others are of the groups and broadcast."""
     codes = groups * inverse if minimum is None else (groups - minimum).mul_(inverse)
@@ -193,14 +188,9 @@ def round_codes(
 
 
 @torch.no_grad()
-def assign_codes(weight: torch.Tensor, blocks: GgmlBlocks, v: torch.Tensor | None = None) -> GgmlBlocks:
-    """Blocks with the codes of a weight on their steps and minima.
-
-    Args:
-        weight: [out, in], any float dtype.
-        blocks: steps and minima; the codes are ignored.
-        v: rounding deltas in units of one code, [out, in] or in groups, or None for the nearest codes.
-    """
+def assign_codes(weight: Tensor, blocks: GgmlBlocks, v: Tensor | None = None) -> GgmlBlocks:
+    """Blocks with the codes of a weight [out, in] on their steps and minima; `v`: rounding deltas in units of one code,
+    [out, in] or in groups."""
     kind, (out, columns) = blocks.kind, weight.shape
     groups = weight.view(out, columns // kind.group, kind.group)
     inverse, minimum = inverse_of(blocks.step()).unsqueeze(-1), blocks.minimum()

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
-from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, search_scales, spec_for_bits
 from auto_round.codecs.minifloat import as_blocks, block_sum, dequantize_minifloat
-from auto_round.codecs.search import search_scales
 from auto_round.errors import NumericsError
 from auto_round.schemes import QuantizationScheme
 
@@ -28,7 +27,7 @@ def errors(
 ) -> torch.Tensor:
     """Weighted squared error by tile, in float64."""
     name, bits, size = kind
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     found = encode(weight, family, size, scale=scale)
     values = dequantize_minifloat(found.codes, family.element, found.scale, size, found.global_scale)
@@ -45,7 +44,7 @@ def test_never_worse_than_the_rule(kind: tuple[str, int, Any], rows: int, column
     weight[::4] = 0
     h = torch.rand(columns, generator=generator).pow(4)
     name, bits, group_size = kind
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     scale = search_scales(weight, family, group_size, h, family.global_scale(weight, None))
     plain, searched = errors(weight, kind, None, h), errors(weight, kind, scale, h)
@@ -60,7 +59,7 @@ def test_it_finds_the_best_candidate_and_gains(kind: tuple[str, int, Any]) -> No
     weight = torch.randn(48, 96, generator=torch.Generator().manual_seed(3))
     h = torch.rand(96, generator=torch.Generator().manual_seed(4)) + 0.01
     h = h / h.mean()
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     g = family.global_scale(weight, None)
     plain = encode(weight, family, group_size).scale
@@ -75,7 +74,7 @@ def test_channels_that_matter_are_kept() -> None:
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(5))
     h = torch.ones(64)
     h[::8] = 1000.0
-    family = block_float_spec("nv_fp", 4)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS["nv_fp"], "nv_fp", 4)
     assert family is not None
     g = family.global_scale(weight, None)
     error = {}
@@ -95,7 +94,7 @@ def test_a_layer_holds_its_codes(kind: tuple[str, int, Any], optimized: bool) ->
     scheme = QuantizationScheme(bits, size, True, name)
     task = LayerTask("layer", torch.nn.Linear(72, 40), weight, scheme, importance=torch.rand(72), bias=torch.randn(40))
     layer = quantize_layer(task, optimized, torch.float16)
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     assert layer.codes.element == family.element.name and layer.codes.codes.dtype == torch.uint8
     assert (layer.codes.global_scale is not None) is family.has_global_scale

@@ -10,7 +10,7 @@ import torch
 from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup, TunableLinear, stack_tasks
-from auto_round.codecs.block_float import block_float_spec
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, spec_for_bits
 from auto_round.codecs.minifloat import MinifloatType, as_blocks, from_blocks
 from auto_round.schemes import QuantizationScheme
 
@@ -23,7 +23,7 @@ TYPES: list[tuple[str, int, Any]] = [
 def group_of(kind: tuple[str, int, Any], shapes: list[tuple[int, int]], **kw: Any) -> LearnableGroup:
     name, bits, size = kind
     scheme = QuantizationScheme(bits, size, True, name)
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     generator = torch.Generator().manual_seed(1)
     tasks = []

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs import search
-from auto_round.codecs.int import QuantParams, from_codes, integer_qparams, to_codes
-from auto_round.codecs.search import search_qparams
+import auto_round.codecs.int as search
+from auto_round.codecs.int import QuantParams, from_codes, integer_qparams, search_qparams, to_codes
 
 
 def error(groups: torch.Tensor, grid: QuantParams, importance: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,12 +4,7 @@ import pytest
 import torch
 
 from auto_round.algorithms.quantization.sign_round.config import AdamRoundConfig, SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.learnable_group import (
-    AdamStep,
-    MomentumSignStep,
-    SignStep,
-    make_rule,
-)
+from auto_round.algorithms.quantization.sign_round.learnable_group import AdamStep, SignStep
 from auto_round.algorithms.quantization.sign_round.loop import micro_batch_size, shuffled_batches, split_samples
 from auto_round.errors import ConfigError
 
@@ -21,7 +16,7 @@ def test_the_sign() -> None:
 
 
 def test_momentum_against_the_formula() -> None:
-    rule, value, expected = MomentumSignStep(0.9), torch.zeros(5), torch.zeros(5)
+    rule, value, expected = SignStep(0.9), torch.zeros(5), torch.zeros(5)
     buffer = torch.zeros(5)
     for step in range(6):
         gradient = torch.randn(5, generator=torch.Generator().manual_seed(step))
@@ -51,11 +46,6 @@ def test_adam_does_not_depend_on_the_size_of_the_gradient() -> None:
         for step in range(4):
             rule.apply(value, torch.randn(20, generator=torch.Generator().manual_seed(step)) * factor, 0.01)
     assert torch.allclose(small, large, atol=1e-6)
-
-
-def test_which_rule() -> None:
-    kinds = [type(make_rule(adam, momentum)) for adam, momentum in ((False, 0.0), (False, 0.5), (True, 0.0))]
-    assert kinds == [SignStep, MomentumSignStep, AdamStep]
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 8, 32, 128, 500])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, block_float_spec, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, spec_for_bits
 from auto_round.codecs.minifloat import MINIFLOATS, as_blocks, dequantize_minifloat, from_blocks
 from auto_round.data_type import QUANT_FUNC_WITH_DTYPE, get_quant_func
 from auto_round.errors import UnsupportedError
@@ -41,7 +41,7 @@ def test_the_function_gives_its_codes_dequantized(
         torch.randn(rows, columns, generator=generator) * 2.0 ** (power if dtype != torch.float16 else power / 8)
     ).to(dtype)
     weight[::3, ::2] = 0
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     found = encode(weight, family, size)
     codes, scale, given_scale = found.codes, found.scale, found.global_scale
@@ -66,7 +66,7 @@ def test_microscaling_against_numpy(element: str, md: Any) -> None:
     top = float(ml_dtypes.finfo(md).max)
     values = np.clip(groups / scale[..., None], -top, top).astype(md)
     name, bits = {"e2m1": ("mx_fp", 4), "e4m3": ("mx_fp", 8), "e5m2": ("mx_fp8e5m2", 8)}[element]
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     found = encode(torch.from_numpy(weight), family, 32)
     assert np.array_equal(found.scale.numpy(), scale)
@@ -80,7 +80,7 @@ def test_nvfp4_against_numpy() -> None:
     scale = (np.abs(groups).max(-1) * np.float32(1 / 6) * g).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
     factor = scale / g
     values = np.clip(groups / factor[..., None], -6, 6).astype(ml_dtypes.float4_e2m1fn)
-    family = block_float_spec("nv_fp", 4)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS["nv_fp"], "nv_fp", 4)
     assert family is not None
     found = encode(torch.from_numpy(weight), family, 16)
     assert found.global_scale is not None and float(found.global_scale) == g
@@ -105,7 +105,7 @@ def test_a_group_worked_by_hand() -> None:
 
 @pytest.mark.parametrize(("name", "bits", "size"), TYPES)
 def test_given_scales_and_offsets_decide_the_codes(name: str, bits: int, size: Any) -> None:
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(2))
     start = encode(weight, family, size)
@@ -137,7 +137,7 @@ def test_gradients(name: str, bits: int, size: Any) -> None:
     out = torch.randn(24, 40)
     qdq, scale, _ = get_quant_func(name, bits)(seen, bits=bits, group_size=size, v=v, min_scale=low, max_scale=high)
     (qdq * out).sum().backward()
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     element = family.element
     given_scale = family.global_scale(weight, None)
@@ -189,7 +189,7 @@ def test_every_name_is_found() -> None:
 def test_widths_that_are_not_there() -> None:
     for name, bits in (("mx_fp", 6), ("fp", 4), ("nv_fp", 8), ("mx_int", 8)):
         with pytest.raises(UnsupportedError, match=f"'{name}' with {bits} bits is not available.*available bits: "):
-            block_float_spec(name, bits)
+            spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
         with pytest.raises(UnsupportedError, match="is not available"):
             get_quant_func(name, bits)(torch.randn(2, 32), bits=bits)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from auto_round.codecs.block_float import block_float_spec, encode, global_scale_of
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, global_scale_of, spec_for_bits
 from auto_round.codecs.minifloat import MINIFLOATS, tensor_absmax
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.layer_rules import fused_groups
@@ -31,7 +31,7 @@ def four_bits(packed: torch.Tensor) -> torch.Tensor:
 ])  # fmt: skip
 def test_microscaling_is_the_same_to_the_bit(folder: str, name: str, bits: int, golden_folder: Path) -> None:
     source, made = TensorFiles.open(golden_folder / "_source-tiny-llama"), TensorFiles.open(golden_folder / folder)
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None and len(layers(source)) == 14
     for layer in layers(source):
         found = encode(source.read(f"{layer}.weight"), family, 32)
@@ -46,7 +46,7 @@ def test_nvfp4(folder: str, golden_folder: Path) -> None:
     """Scales of both levels are the same. Values differ at ties alone, which the order of two divisions decides there;
     and there negative values that become zero lose their sign."""
     source, made = TensorFiles.open(golden_folder / "_source-tiny-llama"), TensorFiles.open(golden_folder / folder)
-    family = block_float_spec("nv_fp", 4)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS["nv_fp"], "nv_fp", 4)
     assert family is not None
     names = layers(source)
     joined = fused_groups(names, across_experts=False)
@@ -73,7 +73,7 @@ def test_fp8(folder: str, size: Size, leaf: str, golden_folder: Path) -> None:
     """The stored scales are the same. There codes were chosen before the scale was rounded to bfloat16, so that a few
     are not the nearest for it; ours are never further from the weight."""
     source, made = TensorFiles.open(golden_folder / "_source-tiny-llama"), TensorFiles.open(golden_folder / folder)
-    family = block_float_spec("fp", 8)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS["fp"], "fp", 8)
     assert family is not None
     for layer in layers(source):
         weight = source.read(f"{layer}.weight")

@@ -12,7 +12,7 @@ import torch
 
 from auto_round import AutoRound
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, spec_for_bits
 from auto_round.codecs.quantized_layer import FloatCodes
 from auto_round.errors import UnsupportedError
 from auto_round.modeling.files.safetensors import TensorFiles
@@ -76,7 +76,7 @@ def test_plain_rounding_is_the_data_types_own(
     weights = {name: parameter.detach().clone() for name, parameter in source.named_parameters()}
     _, layers, _ = layers_of(source, scheme, **PLAIN)
     for name, layer in layers.items():
-        family = block_float_spec(layer.scheme.data_type, layer.scheme.bits)
+        family = spec_for_bits(BLOCK_FLOAT_SPECS[layer.scheme.data_type], layer.scheme.data_type, layer.scheme.bits)
         assert family is not None
         wanted = encode(
             weights[f"{name}.weight"], family, layer.scheme.group_size, global_scale=layer.codes.global_scale

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from auto_round.codecs.activation import ActivationQuantizer
-from auto_round.codecs.block_float import block_float_spec, encode
+from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, encode, spec_for_bits
 from auto_round.codecs.minifloat import MINIFLOATS, dequantize_minifloat
 from auto_round.schemes import PRESET_SCHEMES
 
@@ -34,7 +34,7 @@ def test_elements(name: str) -> None:
 @pytest.mark.parametrize(("name", "bits", "size"), TYPES)
 def test_weights(name: str, bits: int, size: Any) -> None:
     weight = torch.randn(300, 500, generator=torch.Generator().manual_seed(2)).bfloat16()
-    family = block_float_spec(name, bits)
+    family = spec_for_bits(BLOCK_FLOAT_SPECS[name], name, bits)
     assert family is not None
     here, there = encode(weight, family, size), encode(weight.cuda(), family, size)
     assert torch.equal(there.codes.cpu(), here.codes) and torch.equal(there.scale.cpu(), here.scale)

@@ -18,36 +18,20 @@ _REFUSED = (
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class SignRoundConfig(SchemeFields):
-    """Rounding tuned by signed gradient descent, block by block.
+    """Rounding tuned by signed gradient descent, block by block. The scheme's fields (`bits`, `group_size`, `sym`, ...)
+    may be given too; the last seven settings are not supported, and refused unless they have their defaults."""
 
-    Attributes:
-        iters: steps for each block; with 0, `AutoRound` rounds to nearest instead.
-        lr: initial step size of the rounding deltas, in units of one code, decaying linearly to zero; None takes
-            `default_rate`.
-        minmax_lr: step size of the scale factors; None takes `lr`.
-        momentum: of the signed steps; 0 is plain signSGD.
-        batch_size: samples in one forward pass.
-        gradient_accumulate_steps: forward passes in one step.
-        enable_minmax_tuning: tune the scale factors too; those of small floats only with a `minmax_lr`.
-        enable_quanted_input: tune on the outputs of the quantized preceding blocks, not on full-precision inputs.
-        not_use_best_mse: keep the last state instead of the best one.
-        enable_adam: AdamW instead of the sign.
-        lr_scheduler, nblocks, enable_norm_bias_tuning, enable_alg_ext, dynamic_max_gap, optimizer, enable_lfq: not
-            supported by this version; values other than the default are refused.
-
-    The scheme's fields (`bits`, `group_size`, `sym`, ...) may be given too.
-    """
-
-    iters: int = 200
+    iters: int = 200  # steps for each block; with 0, `AutoRound` rounds to nearest instead
+    # Initial step size of the rounding deltas, in units of one code, decaying linearly to zero; None: `default_rate`.
     lr: float | None = None
-    minmax_lr: float | None = None
-    momentum: float = 0.0
-    batch_size: int = 8
-    gradient_accumulate_steps: int = 1
-    enable_minmax_tuning: bool = True
-    enable_quanted_input: bool = True
-    not_use_best_mse: bool = False
-    enable_adam: bool = False
+    minmax_lr: float | None = None  # step size of the scale factors; None takes `lr`
+    momentum: float = 0.0  # of the signed steps; 0 is plain signSGD
+    batch_size: int = 8  # samples in one forward pass
+    gradient_accumulate_steps: int = 1  # forward passes in one step
+    enable_minmax_tuning: bool = True  # tune the scale factors too; those of small floats only with a `minmax_lr`
+    enable_quanted_input: bool = True  # tune on the outputs of the quantized preceding blocks, not on the model's own
+    not_use_best_mse: bool = False  # keep the last state instead of the best one
+    enable_adam: bool = False  # AdamW instead of the sign
     lr_scheduler: Any = None
     nblocks: int = 1
     enable_norm_bias_tuning: bool = False
@@ -66,9 +50,8 @@ class SignRoundConfig(SchemeFields):
         for name in ("lr", "minmax_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < float(value) < 10:
-                raise ConfigError(
-                    f"{name}={value!r}: give a number between 0 and 10, or None for a rate that fits iters"
-                )
+                allowed = "give a number between 0 and 10, or None for a rate that fits iters"
+                raise ConfigError(f"{name}={value!r}: {allowed}")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum={self.momentum!r}: give a number from 0 to below 1")
 
@@ -83,9 +66,9 @@ def default_rate(iters: int, bits: int) -> float:
     in place of 0.4 for 2 bits.
 
     A sign step moves every rounding delta by the whole rate, however small its gradient. With 1/iters a short run moves
-    as far as a long one on fewer gradients, and ends worse than with smaller steps: the exponents are fitted to runs of
-    20 and 60 steps (docs/tuning.md has the figures). 2 bits keep larger steps, because with too small ones the model
-    may lose the outlier activations that its attention depends on.
+    as far as a long one on fewer gradients, and ends worse: the exponents are fitted to runs of 20 and 60 steps
+    (docs/tuning.md). 2 bits keep larger steps, because with too small ones the model may lose the outlier activations
+    that its attention depends on.
     """
     if iters < _FULL_RUN:
         return (_FULL_RUN / iters) ** (0.78 if bits <= 2 else 0.4) / _FULL_RUN

@@ -1,9 +1,8 @@
 """Tuned parameters of layers stacked by rows, the optimizers that update them, and the linears that run on them.
 
 Rows of a weight are independent, so layers with the same input width and scheme (q, k, v, gate and up; all experts of a
-mixture) form one tall matrix. A step is a few passes over that matrix, whatever the number of layers. There is no
-autograd graph over weights: the backward pass computes dL/dW, one matrix product, and the group derives the step. Only
-a user's data type, which is a function, is tuned by autograd.
+mixture) form one tall matrix. The backward pass computes dL/dW, one matrix product, and the group derives the step.
+Only a data type without codes, which is a function, is tuned by autograd.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from auto_round.algorithms.base import LayerTask
 from auto_round.codecs.kinds import FunctionCodec
@@ -26,23 +26,17 @@ from auto_round.codecs.registry import reshape_pad_tensor_by_group_size
 
 
 class SignStep:
-    """`value -= lr * sign(gradient)` (signSGD, Bernstein et al. 2018, arXiv 1802.04434)."""
+    """`value -= lr * sign(m)` with `m = momentum * m + gradient` (signSGD, Bernstein et al. 2018, arXiv 1802.04434)."""
 
-    def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-        value.sub_(gradient.sign_(), alpha=lr)
-
-
-class MomentumSignStep:
-    """The sign of a running sum of gradients: `m = momentum * m + g; value -= lr * sign(m)`."""
-
-    def __init__(self, momentum: float) -> None:
+    def __init__(self, momentum: float = 0.0) -> None:
         self.momentum = momentum
-        self.buffer: torch.Tensor | None = None
+        self.buffer: Tensor | None = None
 
-    def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
-        self.buffer = torch.zeros_like(value) if self.buffer is None else self.buffer
-        self.buffer.mul_(self.momentum).add_(gradient)
-        value.sub_(self.buffer.sign(), alpha=lr)
+    def apply(self, value: Tensor, gradient: Tensor, lr: float) -> None:
+        if self.momentum:
+            self.buffer = torch.zeros_like(value) if self.buffer is None else self.buffer
+            gradient.copy_(self.buffer.mul_(self.momentum).add_(gradient))
+        value.sub_(gradient.sign_(), alpha=lr)
 
 
 class AdamStep:
@@ -50,9 +44,9 @@ class AdamStep:
 
     def __init__(self, beta1: float = 0.9, beta2: float = 0.999) -> None:
         self.beta1, self.beta2, self.steps = beta1, beta2, 0
-        self.moments: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.moments: tuple[Tensor, Tensor] | None = None
 
-    def apply(self, value: torch.Tensor, gradient: torch.Tensor, lr: float) -> None:
+    def apply(self, value: Tensor, gradient: Tensor, lr: float) -> None:
         self.moments = self.moments or (torch.zeros_like(value), torch.zeros_like(value))
         self.steps += 1
         mean, square = self.moments
@@ -64,14 +58,12 @@ class AdamStep:
         value.addcdiv_(mean, root, value=-lr / (1 - self.beta1**self.steps))
 
 
-def make_rule(adam: bool, momentum: float) -> SignStep | MomentumSignStep | AdamStep:
-    """A fresh rule for one tensor: AdamW, or the sign of the gradient with or without momentum."""
-    if adam:
-        return AdamStep()
-    return MomentumSignStep(momentum) if momentum > 0 else SignStep()
+def make_rule(adam: bool, momentum: float) -> AdamStep | SignStep:
+    """A fresh update rule for one tensor."""
+    return AdamStep() if adam else SignStep(momentum)
 
 
-State = tuple[torch.Tensor, ...]
+State = tuple[Tensor, ...]
 Index = tuple[slice, slice]
 
 SCALE_FACTOR_RANGE = (0.5, 1.5)
@@ -96,34 +88,23 @@ def copy_state(state: State, into: State | None) -> State:
 class LearnableGroup:
     """Rounding deltas and scale factors of some layers, and the quantized weights computed from them.
 
-    All tensors of weights are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
-
-    Attributes:
-        blocks: the weights to quantize.
-        quantized: the quantized weights, zero-padded rows of all layers, in `compute_dtype`.
-        gradient: dL/dW, in the same shape.
-        rounding_delta: float32, in units of one code, like `blocks`.
-        scale_factors: factors on `grid.start_scales`.
-        rules: update rules of the rounding delta and of each scale factor.
-        fuse_update: the rounding delta's rule has no state, so chunks can be updated one by one.
-        start_delta: the rounding delta before the first step; None: zero, which gives the nearest codes.
+    The weights and their rounding deltas are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
     """
 
-    start_delta: torch.Tensor | None = None
+    start_delta: Tensor | None = None  # before the first step; None: zero, which gives the nearest codes
 
     def __init__(
         self, tasks: Sequence[LayerTask], starts: Sequence[Any], compute_dtype: torch.dtype,
-        codes: Sequence[torch.Tensor | None] = (), tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+        codes: Sequence[Tensor | None] = (), tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
         compile_step: bool = False,
     ) -> None:  # fmt: skip
-        """
+        """Layers with equal in_features and scheme; only one when scales are per tensor.
+
         Args:
-            tasks: the layers, with equal in_features and scheme; only one when scales are per tensor.
             starts: the scales where tuning starts, one a layer, from its codec.
             compute_dtype: dtype of the matrix products.
             codes: uint8 [out, in] where rounding starts, one a layer; None where the grid says.
-            tune_scale: tune the scale factors too.
-            adam, momentum: the update rule, see `make_rule`.
+            adam: update by AdamW, not by the sign.
             compile_step: compile the elementwise passes.
         """
         self.tasks, self.scheme, self.codec = list(tasks), tasks[0].scheme, tasks[0].codec
@@ -138,6 +119,7 @@ class LearnableGroup:
             for part, task in zip(self.slices, self.tasks, strict=True)
         ]
         device = tasks[0].weight.device
+        # Rows of all layers, zero-padded: the quantized weights and dL/dW.
         self.quantized = torch.zeros(self.slices[-1].stop * m, c * n, dtype=compute_dtype, device=device)
         self.gradient = torch.zeros_like(self.quantized)
         # As matrix products see the weights, in `compute_dtype`, or in their own dtype where float32 holds it exactly.
@@ -149,22 +131,22 @@ class LearnableGroup:
         self.scale_factors = [torch.ones_like(scale) for scale in grid.start_scales]
         self.rounding_delta = torch.zeros_like(self.blocks, dtype=torch.float32)
         self.rules = [make_rule(adam, momentum) for _ in range(1 + len(self.scale_factors))]
-        self.fuse_update = isinstance(self.rules[0], SignStep)
+        self.fuse_update = not (adam or momentum)  # without state, chunks can be updated one by one
         self.apply_scale_factors()
         self._start_from(list(codes) or list(grid.start_codes))
         self.refresh()
 
     @torch.no_grad()
-    def _start_from(self, codes: Sequence[torch.Tensor | None]) -> None:
+    def _start_from(self, codes: Sequence[Tensor | None]) -> None:
         """Start from `codes`, uint8 [out, in], one a layer; None: from the nearest ones."""
         for rows, given in zip(self.slices, codes, strict=False):
-            wanted = None if given is None else as_blocks(given, self.grid.group_size)
-            for outer, inner in self.chunks:
-                start, stop = max(rows.start, outer.start), min(rows.stop, outer.stop)
-                if wanted is not None and start < stop:
-                    own, part = slice(start, stop), wanted[start - rows.start : stop - rows.start, inner]
-                    arguments = self.grid.arguments(own)
-                    self.rounding_delta[own, inner] = self.grid.delta_of(self.blocks[own, inner], part, *arguments)
+            if given is None:
+                continue
+            wanted = as_blocks(given, self.grid.group_size)
+            for outer, inner in block_chunks(wanted, _CPU_CHUNK if given.device.type == "cpu" else _GPU_CHUNK):
+                own = slice(rows.start + outer.start, rows.start + outer.stop), inner
+                arguments = self.grid.arguments(own[0])
+                self.rounding_delta[own] = self.grid.delta_of(self.blocks[own], wanted[outer, inner], *arguments)
         if bool(self.rounding_delta.any()):
             self.start_delta = self.rounding_delta.clone()
 
@@ -173,7 +155,6 @@ class LearnableGroup:
         self.grid.store([s * f for s, f in zip(self.grid.start_scales, self.scale_factors, strict=True)])
 
     def _arguments(self, index: Index) -> tuple[Any, ...]:
-        """Arguments of the grid's functions for one chunk."""
         return self.blocks[index], self.rounding_delta[index], *self.grid.arguments(index[0])
 
     @torch.no_grad()
@@ -184,7 +165,7 @@ class LearnableGroup:
             for index, (task, rows) in enumerate(zip(self.tasks, self.slices, strict=True))
         ]
 
-    def weight(self, index: int) -> torch.Tensor:
+    def weight(self, index: int) -> Tensor:
         """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
         return self.quantized[self._layer_slices[index]]
 
@@ -195,7 +176,7 @@ class LearnableGroup:
         for index in self.chunks:
             quantized[index].copy_(self._values(*self._arguments(index)))
 
-    def add_weight_gradient(self, index: int, grad: torch.Tensor, x: torch.Tensor) -> None:
+    def add_weight_gradient(self, index: int, grad: Tensor, x: Tensor) -> None:
         """Add grad.T @ x, [out, in], to the gradient of this step."""
         rows = self.gradient[self._layer_slices[index]]
         if index in self._with_gradient:
@@ -205,7 +186,6 @@ class LearnableGroup:
             self._with_gradient.add(index)
 
     def drop_gradient(self) -> None:
-        """Discard the gradient accumulated since the last step."""
         self._with_gradient.clear()
 
     @torch.no_grad()
@@ -219,7 +199,7 @@ class LearnableGroup:
         self._with_gradient.clear()
         r, _, c, _ = self.blocks.shape
         gradient = self.gradient.view(self.blocks.shape)
-        slopes: list[torch.Tensor] = []
+        slopes: list[Tensor] = []
         whole = None if self.fuse_update else torch.empty_like(self.rounding_delta)
         for where in self.chunks:
             part, *own = self._gradients(*self._arguments(where), gradient[where].float())
@@ -261,7 +241,6 @@ class LearnableGroup:
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        """Restore a snapshot."""
         saved, *self.scale_factors = state
         self.apply_scale_factors()
         for index in self.chunks:
@@ -284,13 +263,13 @@ class _FusedLinear(torch.autograd.Function):
     """`x @ W.T + bias` whose backward gives dL/dW to the group instead of to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, anchor: torch.Tensor, layer: TunableLinear) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, layer: TunableLinear) -> Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
         return torch.nn.functional.linear(x, layer.quantized, layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None]:
         (grad,), (x,), layer = grad_outputs, ctx.saved_tensors, ctx.layer
         flat = grad.reshape(-1, grad.shape[-1])
         layer.learnable_group.add_weight_gradient(layer.index, flat, x.reshape(-1, x.shape[-1]))
@@ -310,7 +289,7 @@ class TunableLinear(torch.nn.Module):
         self.quantized = learnable_group.weight(index)
         self.activation = task.activation
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.quantized.dtype)
         if self.activation is not None:
             x = self.activation(x)
@@ -325,8 +304,8 @@ class AutogradTunableLinear(torch.nn.Module):
     """
 
     def __init__(
-        self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype,
-        tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
+        self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype, tune_scale: bool = True,
+        adam: bool = False, momentum: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
         self.task, self.compute_dtype = task, compute_dtype
@@ -340,15 +319,15 @@ class AutogradTunableLinear(torch.nn.Module):
         self.unit = self._expand(scale)
         groups, _ = reshape_pad_tensor_by_group_size(weight, scheme.group_size)
         count = groups.shape[0] * groups.shape[1] if groups.dim() == 4 else groups.shape[0]
-        self.u = torch.zeros_like(weight, requires_grad=True)
-        self.scale_factors = [torch.ones(count, 1, device=weight.device, requires_grad=tune_scale) for _ in range(2)]
-        self.rules = [make_rule(adam, momentum) for _ in range(3)]
+        factors = [torch.ones(count, 1, device=weight.device, requires_grad=tune_scale) for _ in range(2)]
+        self.learned = [torch.zeros_like(weight, requires_grad=True), *factors]
+        self.rules = [make_rule(adam, momentum) for _ in self.learned]
         self.quantized, self.is_current = start.to(compute_dtype), False
 
-    def _expand(self, scale: object) -> torch.Tensor:
+    def _expand(self, scale: object) -> Tensor:
         """The scale as one positive value per weight; estimated from the row's range for a scale of unknown shape."""
         weight, scheme = self.weight_value, self.task.scheme
-        if isinstance(scale, torch.Tensor) and scale.numel() and not isinstance(scheme.group_size, tuple):
+        if isinstance(scale, Tensor) and scale.numel() and not isinstance(scheme.group_size, tuple):
             sizes = scale.detach().abs().float()
             if sizes.numel() == 1:
                 return sizes.reshape(1, 1).expand_as(weight)
@@ -357,10 +336,10 @@ class AutogradTunableLinear(torch.nn.Module):
                 return rows.repeat_interleave(-(-weight.shape[1] // rows.shape[1]), dim=1)[:, : weight.shape[1]]
         return (weight.abs().amax(-1, keepdim=True) / 2 ** (scheme.bits - 1)).clamp(min=1e-9).expand_as(weight)
 
-    def _learned_parameters(self) -> dict[str, torch.Tensor]:
-        return {"v": self.u * self.unit, "min_scale": self.scale_factors[0], "max_scale": self.scale_factors[1]}
+    def _learned_parameters(self) -> dict[str, Tensor]:
+        return {"v": self.learned[0] * self.unit, "min_scale": self.learned[1], "max_scale": self.learned[2]}
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight = self.quantized
         if torch.is_grad_enabled() or not self.is_current:
             weight = self.codec.call(self.weight_value, self.options, **self._learned_parameters())[0]
@@ -374,30 +353,27 @@ class AutogradTunableLinear(torch.nn.Module):
 
     @torch.no_grad()
     def step(self, lr: float, scale_lr: float) -> None:
-        """Update the learnables from the accumulated gradients."""
-        for value, rule, rate in zip([self.u, *self.scale_factors], self.rules, (lr, scale_lr, scale_lr), strict=True):
+        for value, rule, rate in zip(self.learned, self.rules, (lr, scale_lr, scale_lr), strict=True):
             if value.grad is not None:
                 rule.apply(value, value.grad, rate)
-                value.grad = None
-        for factor in self.scale_factors:
+        for factor in self.learned[1:]:
             factor.clamp_(0.0, 1.0)
+        self.drop_gradient()
         self.is_current = False
 
+    def drop_gradient(self) -> None:
+        for value in self.learned:
+            value.grad = None
+
     def restart(self) -> None:
-        """Restore the state before the first step."""
-        self.restore((torch.zeros_like(self.u), *map(torch.ones_like, self.scale_factors)))
+        self.restore((torch.zeros(()), torch.ones(()), torch.ones(())))
 
     def snapshot(self, into: State | None = None) -> State:
-        return copy_state(tuple(value.detach() for value in (self.u, *self.scale_factors)), into)
-
-    def drop_gradient(self) -> None:
-        """Discard the gradient accumulated since the last step."""
-        for value in (self.u, *self.scale_factors):
-            value.grad = None
+        return copy_state(tuple(value.detach() for value in self.learned), into)
 
     @torch.no_grad()
     def restore(self, state: State) -> None:
-        for value, saved in zip((self.u, *self.scale_factors), state, strict=True):
+        for value, saved in zip(self.learned, state, strict=True):
             value.copy_(saved)
         self.is_current = False
 

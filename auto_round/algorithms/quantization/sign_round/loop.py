@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from auto_round.algorithms.base import BlockResult, BlockTask, LayerTask, empty_device_cache, out_of_memory_error
 from auto_round.algorithms.gptq import DAMPING, GPTQConfig, feedback_start, shared_hessian_factors
@@ -38,8 +39,7 @@ _TOKENS_PER_LAYER = 128
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers; the passes of a step
-    accumulate the same gradient.
+    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers.
 
     On a CPU fewer than the batch: the same time with less memory, since activations are kept for one pass only. Blocks
     of many layers, such as mixtures of experts, get more tokens to amortize each layer's call.
@@ -79,20 +79,15 @@ T = TypeVar("T")
 
 
 class MicroBatchRunner:
-    """Runs steps in micro-batches, which shrink when the device runs out of memory.
-
-    The samples of a step and its accumulated gradient do not depend on the size of the micro-batches. A step that
-    failed discards its gradient and starts again.
-    """
+    """Runs steps in micro-batches, which shrink when the device runs out of memory. A step's accumulated gradient does
+    not depend on their size; a step that failed discards it and starts again."""
 
     def __init__(self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int) -> None:
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
 
     def run(self, step: Callable[[int], T]) -> T:
-        """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device.
-
-        Raises DeviceError when even one sample does not fit.
-        """
+        """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device. Raises
+        DeviceError when even one sample does not fit."""
         device = self.task.device
         while True:
             try:
@@ -238,11 +233,8 @@ class SignRoundQuantizer:
             group.restart()
         return loss
 
-    def _backward(
-        self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int
-    ) -> None:
-        """Accumulate the gradients of one step, those of the weighted mean squared error of its samples, over passes of
-        `micro_batch` samples."""
+    def _backward(self, task: BlockTask, samples: Sequence[int], weights: Tensor | None, micro_batch: int) -> None:
+        """Accumulate the gradients of the weighted mean squared error of a step's samples over its passes."""
         assert task.inputs is not None and task.targets is not None
         for start in range(0, len(samples), micro_batch):
             part = samples[start : start + micro_batch]
@@ -257,7 +249,7 @@ class SignRoundQuantizer:
             output.backward(difference.mul_(2.0 / count))
 
     @torch.no_grad()
-    def _loss(self, task: BlockTask, samples: Sequence[int], weights: torch.Tensor | None, micro_batch: int) -> float:
+    def _loss(self, task: BlockTask, samples: Sequence[int], weights: Tensor | None, micro_batch: int) -> float:
         """Weighted mean squared error, summed along fixed dimensions in float64, so the number of threads does not
         change it. Raises NumericsError when it is NaN or Inf."""
         assert task.inputs is not None and task.targets is not None
