@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from auto_round import envs
+from auto_round.calibration.data import sources
 from auto_round.calibration.data.documents import (
     IGNORED_LABEL,
+    DocumentStats,
+    Sample,
     TokenDocument,
     documents_from_item,
     documents_from_object,
+    samples_of,
 )
-from auto_round.calibration.data.hub import DEFAULT_DATASET, MODELSCOPE_DEFAULT, HubDataset, HubUnreachable
-from auto_round.calibration.data.sources import BUILTIN, READERS, looks_like_path, read_local
+from auto_round.calibration.data.sources import DEFAULT_DATASET, READERS, looks_like_path
 from auto_round.calibration.data.spec import (
     DATASETS,
     DatasetSpec,
@@ -27,7 +30,6 @@ from auto_round.calibration.data.spec import (
     register_dataset,
     samples_per_dataset,
 )
-from auto_round.calibration.data.tokens import DocumentStats, Sample, samples_of
 from auto_round.errors import ConfigError, DataError, nearest
 from auto_round.logger import logger
 
@@ -77,9 +79,8 @@ def prepare_calibration(
     if seqlen < 1 or nsamples < 1:
         raise ConfigError(f"seqlen={seqlen} and nsamples={nsamples} must both be 1 or more")
     if model_max_length is not None and seqlen > model_max_length:
-        logger.warning(
-            "seqlen=%d is more than the model's %d positions; using %d", seqlen, model_max_length, model_max_length
-        )
+        message = "seqlen=%d is more than the model's %d positions; using %d"
+        logger.warning(message, seqlen, model_max_length, model_max_length)
         seqlen = model_max_length
     reader = _Reader(tokenizer, seqlen, nsamples, seed)
     named = dataset is None or isinstance(dataset, str)
@@ -97,11 +98,9 @@ def prepare_calibration(
 
 def available_datasets() -> list[tuple[str, str, str]]:
     """`(name, description, source)` of every registered dataset by name, then of the other kinds of dataset string."""
-    rows = sorted(((e.name, e.description, e.where) for e in DATASETS.values()), key=lambda row: row[0].lower())
-    path = f"a path ({', '.join(READERS)})"
     return [
-        *rows,
-        (path, "your own texts, conversations or token ids", "local file or folder"),
+        *sorted(((e.name, e.description, e.where) for e in DATASETS.values()), key=lambda row: row[0].lower()),
+        (f"a path ({', '.join(READERS)})", "your own texts, conversations or token ids", "local file or folder"),
         ("any hub id org/name", "a set with a column such as text or messages", "Hugging Face hub"),
     ]
 
@@ -120,11 +119,7 @@ class _Reader:
         return stats, samples_of(itertools.islice(documents, limit), self.tokenizer, stats, *template)
 
     def open_object(self, dataset: Any) -> OpenDataset:
-        """Open a Python object as a dataset.
-
-        Samples have fewer tokens than `seqlen` when all are token ids of one shorter length. A list of strings is
-        shuffled; token ids and iterables keep their order.
-        """
+        """Open a Python object. A list of strings is shuffled; token ids and iterables keep their order."""
         documents = documents_from_object(dataset, self.seed)
         head = list(itertools.islice(documents, self.nsamples))
         if not head:
@@ -142,10 +137,13 @@ class _Reader:
     def open_named(self, dataset: str | None, platform: str) -> list[OpenDataset]:
         """Open the datasets of a dataset string, and read the first document of each.
 
-        None, or the bare name of the default dataset, is replaced by the packaged text when it cannot be read, with a
-        warning. Names are checked before data is read.
+        None, or the bare name of the default dataset, is replaced by the packaged text when it cannot be read.
         """
-        default = MODELSCOPE_DEFAULT if platform == "model_scope" or envs.get("AR_USE_MODELSCOPE") else DEFAULT_DATASET
+        default = (
+            sources.MODELSCOPE_DEFAULT
+            if platform == "model_scope" or envs.get("AR_USE_MODELSCOPE")
+            else DEFAULT_DATASET
+        )
         specs = [DatasetSpec(default)] if dataset is None else parse_dataset_string(dataset)
         for spec in specs:
             if spec.name in DATASETS:
@@ -166,12 +164,10 @@ class _Reader:
         try:
             return [self._open_spec(DatasetSpec(default))]
         except DataError as error:
-            logger.warning(
-                "the default calibration set %s cannot be used (%s); calibrating with the packaged text (builtin)",
-                default,
-                error.reason if isinstance(error, HubUnreachable) else str(error),
-            )
-            return [self._open_spec(DatasetSpec(BUILTIN))]
+            reason = error.reason if isinstance(error, sources.HubUnreachable) else str(error)
+            message = "the default calibration set %s cannot be used (%s); calibrating with the packaged text (builtin)"
+            logger.warning(message, default, reason)
+            return [self._open_spec(DatasetSpec(sources.BUILTIN))]
 
     def _open_spec(self, spec: DatasetSpec) -> OpenDataset:
         """Open one dataset of a dataset string: a registered one, a local file, or a hub id."""
@@ -183,21 +179,17 @@ class _Reader:
                 tokenizer=self.tokenizer, seqlen=self.seqlen, dataset_name=spec.name, split=split, seed=self.seed,
                 apply_chat_template=template, system_prompt=spec.system_prompt,
             )  # fmt: skip
-            documents = _documents(rows, spec.name)
+            items = ((row, f"row {i} of dataset {spec.name!r}") for i, row in enumerate(rows))
+            documents = itertools.chain.from_iterable(itertools.starmap(documents_from_item, items))
             concat = entry.concat if spec.concat is None else spec.concat
             template = template and "apply_chat_template" not in entry.takes
         elif looks_like_path(spec.name):
-            documents = read_local(spec.name, self.seed)
+            documents = sources.read_local(spec.name, self.seed)
         else:
-            documents = HubDataset((spec.name,), column=None).documents(spec.name, split, self.seed)
+            documents = sources.HubDataset((spec.name,), column=None).documents(spec.name, split, self.seed)
         first = list(itertools.islice(documents, 1))  # an unreadable dataset raises here
         stats = DocumentStats(spec.name, self.seqlen, concat, num=spec.num)
         return self._open(itertools.chain(first, documents), stats, template, spec.system_prompt)
-
-
-def _documents(rows: Iterable[Any], name: str) -> Iterator[Any]:
-    for i, row in enumerate(rows):
-        yield from documents_from_item(row, f"row {i} of dataset {name!r}")
 
 
 def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[Sample], tuple[tuple[str, int], ...]]:

@@ -7,9 +7,10 @@ selected positions from layer to layer, Zaya passes a second state. Each such te
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +19,14 @@ from torch import nn
 from auto_round.calibration.disk_store import ActivationTensor, DiskStore, DiskTensor, empty_beside
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.files import bytes_of
+from auto_round.modeling.partial_loading import check_not_meta
 from auto_round.modeling.source import ModelSource
 
 ArgumentPath = tuple[Any, ...]
-MakeForward = Callable[[int, nn.Module, Callable[..., Any]], Callable[..., Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any], str | None]
+"""Arguments of a block beside its hidden states: positional and keyword ones, and the hidden states' own keyword."""
+BlockForward = Callable[[int, nn.Module, Callable[..., Any], torch.Tensor, Arguments], Any]
+"""What runs instead of a block: gets its index, itself, a function that runs it, hidden states, other arguments."""
 DATA_FREE_ADVICE = (
     "use model_free=True (--model_free), or iters=0 with disable_opt_rtn=True, which round weights without data"
 )
@@ -32,52 +37,51 @@ class ForwardStopped(Exception):
     """Ends a forward pass early; its argument, if any, is the tensor found there."""
 
 
-def stop_with_input(_module: nn.Module, args: tuple[Any, ...]) -> None:
-    """Forward pre-hook that ends the pass with the module's input."""
-    raise ForwardStopped(args[0])
+def run_model(
+    source: ModelSource, samples: Sequence[dict[str, torch.Tensor]], device: torch.device, forward: BlockForward,
+    stop_at: nn.Module | None = None,
+) -> Any:  # fmt: skip
+    """Run the whole model on a batch of samples without a key-value cache, with `forward` instead of its blocks.
 
+    Returns its output, or what `ForwardStopped` carried: the input of `stop_at` if that was reached, else None.
+    """
 
-@contextmanager
-def replaced_forwards(source: ModelSource, make: MakeForward) -> Iterator[None]:
-    """Replace every block's forward by `make(index, block, original)` while the context is open."""
-    before: list[tuple[nn.Module, Any]] = []
-    try:
+    def replacement(index: int, name: str, block: nn.Module) -> Callable[..., Any]:
+        own = partial(call_block, block.forward)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            check_not_meta((args, kwargs), name, source)
+            if args and isinstance(args[0], torch.Tensor):
+                return forward(index, block, own, args[0], (args[1:], kwargs, None))
+            if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+                return forward(index, block, own, kwargs.pop("hidden_states"), (args, kwargs, "hidden_states"))
+            raise ModelError(
+                f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})"
+            )
+
+        return run
+
+    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise ForwardStopped(args[0])
+
+    with ExitStack() as stack:
+        if stop_at is not None:
+            stack.enter_context(stop_at.register_forward_pre_hook(stop, prepend=True))
         for index, name in enumerate(source.blocks):
             block = source.model.get_submodule(name)
-            before.append((block, block.__dict__.get("forward")))
-            block.__dict__["forward"] = make(index, block, block.forward)
-        yield
-    finally:
-        for block, own in before:
-            if own is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.__dict__["forward"] = own
+            before = {key: value for key, value in vars(block).items() if key == "forward"}
+            vars(block)["forward"] = replacement(index, name, block)
+            stack.callback(vars(block).update, before)
+            stack.callback(vars(block).pop, "forward")
+        batch = {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
+        try:
+            return source.model(**batch, use_cache=False, return_dict=True)
+        except ForwardStopped as stopped:
+            return stopped.args[0] if stopped.args else None
 
 
-def run_model(model: nn.Module, samples: Sequence[dict[str, torch.Tensor]], device: torch.device) -> Any:
-    """Run the whole model on a batch of samples without a key-value cache."""
-    batch = {key: torch.stack([s[key] for s in samples]).to(device) for key in samples[0]}
-    return model(**batch, use_cache=False, return_dict=True)
-
-
-def split_hidden_states(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[torch.Tensor, tuple[tuple[Any, ...], dict[str, Any], str | None]]:
-    """Split a block's arguments into its hidden states and (other args, other kwargs, keyword of the hidden states).
-
-    The keyword is None when they are positional. Raises ModelError when there are none.
-    """
-    if args and isinstance(args[0], torch.Tensor):
-        return args[0], (args[1:], kwargs, None)
-    key = "hidden_states"
-    if isinstance(kwargs.get(key), torch.Tensor):
-        return kwargs[key], (args, {k: v for k, v in kwargs.items() if k != key}, key)
-    raise ModelError(f"a decoder block is called without hidden states (arguments: {', '.join(kwargs) or 'none'})")
-
-
-def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: tuple[Any, Any, str | None]) -> Any:
-    """Call a block with hidden states and the other arguments as `split_hidden_states` returns them."""
+def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: Arguments) -> Any:
+    """Call a block with hidden states and the other arguments."""
     args, kwargs, key = arguments
     return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
 
@@ -130,7 +134,7 @@ class NestedValue:
     ) -> Any:  # fmt: skip
         """Rebuild the nested value, with other tensors if they are given.
 
-        `make_shared` creates the objects that blocks write to, from class, number and the entries that they had before.
+        `make_shared` creates the objects that blocks write to, from class, number and earlier entries.
         """
         rest_consts, rest_leaves = iter(self.consts), iter(self.leaves if leaves is None else leaves)
 
@@ -175,10 +179,8 @@ def flatten(
 ) -> NestedValue:  # fmt: skip
     """Split nested mappings, lists and tuples into structure, constants and tensors. Key-value caches become None.
 
-    Args:
-        value: the nested arguments.
-        shared: numbers of the objects inside that blocks write to, by path. Such an object may be of any class.
-        written: given such a number, the entries that blocks have written, which are left out.
+    `shared` has numbers of the objects inside that blocks write to, by path; they may be of any class. `written` gives
+    the entries of such an object that blocks have written, which are left out.
     """
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
@@ -246,7 +248,6 @@ class TensorPool:
         return self._by_content[key]
 
     def end_of_sample(self) -> None:
-        """Forget the identities of the tensors seen; their contents stay."""
         self._by_object.clear()
 
 
@@ -276,11 +277,10 @@ class HiddenLayout:
 
     @property
     def plain(self) -> bool:
-        """Whether the hidden states are [batch, tokens, width], so that no conversion is needed."""
         return (self.batch, self.tokens) == (0, 1) and len(self.rest) < 2
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Convert hidden states of the blocks to rows [B, T, width]."""
+        """Hidden states of the blocks as rows [B, T, width]."""
         return hidden if self.plain else hidden.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
 
     def hidden(self, rows: torch.Tensor) -> torch.Tensor:
@@ -337,16 +337,12 @@ class BlockDependencies:
 
     @property
     def reads(self) -> set[SharedSlot]:
-        """Slots that the block reads."""
         return {*self.leaves.values(), *(slot for entry in self.entries for slot in entry.slots)}
 
     def arguments(
         self, call: NestedValue, leaves: Sequence[torch.Tensor], take: Callable[[SharedSlot], torch.Tensor]
     ) -> tuple[Any, dict[int, Any]]:
-        """Rebuild the arguments of a call from its tensors and from what earlier blocks produced.
-
-        Returns (arguments, shared objects that the block may write to, by number).
-        """
+        """The arguments of a call, with what earlier blocks produced, and the shared objects in them by number."""
         leaves = [take(self.leaves[i]) if i in self.leaves else leaf for i, leaf in enumerate(leaves)]
         objects: dict[int, Any] = {}
 
@@ -371,7 +367,6 @@ class ModelDependencies:
     changes_hidden: bool = False  # a block modifies its hidden states in place
 
     def block(self, index: int) -> BlockDependencies:
-        """Dependencies of one block."""
         return self.blocks[index] if self.blocks else BlockDependencies()
 
     def output(self, block: nn.Module, hidden: torch.Tensor) -> Any:
@@ -421,5 +416,4 @@ class SharedState:
         stored[list(samples)] = rows.to(stored.device, stored.dtype)
 
     def keep_only(self, slots: Sequence[SharedSlot]) -> None:
-        """Drop the values of all other slots."""
         self.values = {slot: value for slot, value in self.values.items() if slot in slots}

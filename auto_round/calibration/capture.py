@@ -7,35 +7,18 @@ different masks and rotary tables, so the arguments of each block are stored. A 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.calibration.block_calls import (
-    ForwardStopped,
-    ModelDependencies,
-    NestedValue,
-    SharedSlot,
-    SharedState,
-    TensorPool,
-    call_block,
-    checked_output,
-    flatten,
-    hidden_changed,
-    mutable_objects,
-    replaced_forwards,
-    run_model,
-    split_hidden_states,
-    split_output,
-    stop_with_input,
-)
+from auto_round.calibration import block_calls
+from auto_round.calibration.block_calls import Arguments, ModelDependencies, NestedValue, SharedState, flatten
 from auto_round.calibration.disk_store import ActivationTensor, DiskStore, empty_beside
 from auto_round.calibration.isolation_check import IsolationCheck
 from auto_round.errors import DataError, ModelError, NumericsError, UnsupportedError
-from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_loaded
+from auto_round.modeling.partial_loading import block_loaded, non_block_loaded
 from auto_round.modeling.source import Device, ModelSource, is_finite
 
 _MAX_CACHED_BYTES = 1 << 22  # larger arguments are moved for every call
@@ -64,11 +47,8 @@ class CapturedInputs:
         """Run a block on `hidden` [B, T, H] of the samples with these indices; returns [B, T, H] with gradients.
 
         Samples whose arguments cannot share a batch (one has no mask, another has) run in separate calls. Arguments are
-        moved to the device of `hidden`; floating-point ones in the model's dtype are cast to its dtype.
-
-        Args:
-            state: what earlier blocks produced for this one.
-            store_state: store in `state` what this block produces for later ones.
+        moved to the device of `hidden`; those in the model's dtype are cast to its dtype. `state` has what earlier
+        blocks produced for this one, and with `store_state` gets what it produces for later ones.
         """
         if hidden.shape[0] != len(samples):
             raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
@@ -98,24 +78,14 @@ class CapturedInputs:
         loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls.
         """
         given = self.links.layout.hidden(hidden.to(self.dtype))
-        last = len(source.blocks) - 1
 
-        def replacement(index: int, block: nn.Module, _original: Callable[..., Any]) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                own = given if index == last else split_hidden_states(args, kwargs)[0]
-                return self.links.output(block, own)
+        def forward(index: int, block: nn.Module, _run: Any, own: torch.Tensor, _arguments: Any) -> Any:
+            return self.links.output(block, given if index == len(source.blocks) - 1 else own)
 
-            return forward
-
-        with ExitStack() as stack:
-            if stop_at is not None:
-                stack.enter_context(source._module(stop_at).register_forward_pre_hook(stop_with_input))
-            stack.enter_context(non_block_loaded(source, hidden.device))
-            stack.enter_context(replaced_forwards(source, replacement))
-            try:
-                return run_model(source.model, [self.inputs[s] for s in samples], hidden.device).logits
-            except ForwardStopped as stop:
-                return stop.args[0]
+        stop = None if stop_at is None else source._module(stop_at)
+        with non_block_loaded(source, hidden.device):
+            found = block_calls.run_model(source, [self.inputs[s] for s in samples], hidden.device, forward, stop)
+        return found if isinstance(found, torch.Tensor) else found.logits
 
     def _run_group(
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, state: SharedState | None, store_state: bool
@@ -124,7 +94,7 @@ class CapturedInputs:
         links, samples = self.links.block(block_index), list(self.running)
         calls = [self._calls[block_index][sample] for sample in samples]
 
-        def take(slot: SharedSlot) -> torch.Tensor:
+        def take(slot: block_calls.SharedSlot) -> torch.Tensor:
             if state is None:
                 raise UnsupportedError(f"block {block_index} needs a tensor of an earlier block, which was not stored")
             return state.take(slot, samples, hidden)
@@ -135,12 +105,12 @@ class CapturedInputs:
             leaves.append(_join([self._moved(call.leaves[position], hidden, moved) for call in calls], dim))
         arguments, objects = links.arguments(calls[0], leaves, take)
         given = self.links.layout.hidden(hidden.clone() if self.links.changes_hidden else hidden)
-        output = call_block(block, given, arguments)
+        output = block_calls.call_block(block, given, arguments)
         for slot in links.writes if store_state else ():
             made = slot.find(output, objects)
             if made is not None and state is not None:
                 state.put(slot, samples, made, str(block_index))
-        return self.links.layout.rows(split_output(output)[0])
+        return self.links.layout.rows(block_calls.split_output(output)[0])
 
     def _moved(self, leaf: ActivationTensor, hidden: torch.Tensor, moved: dict[Hashable, torch.Tensor]) -> torch.Tensor:
         """An argument on the device and in the dtype of `hidden`. `moved` holds the large ones of this call."""
@@ -177,30 +147,24 @@ def capture_inputs(
     Only modules before the blocks are loaded, and briefly one block of each class, to see what it returns.
 
     Args:
-        source: the model.
         samples: dicts with "input_ids" int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss),
             all of one length.
         device: where to run; None: the CPU for a checkpoint, the model's own device for a live model.
-        store_device: where hidden states and arguments are stored.
-        dtype: in which hidden states are stored; None: the model's.
+        store_device: where hidden states (in `dtype`, or the model's) and arguments are stored.
         disk_store: a file that stores them, and large arguments, instead.
         stream_experts: load one expert at a time.
         links: dependencies between blocks, if another capture of the same model has found them.
         check_isolation: run the first sample through all blocks to find them, and refuse a model whose blocks cannot
             run one at a time. Always done if blocks pass on more than hidden states [batch, tokens, width].
 
-    Raises:
-        DataError: no samples, or samples of different lengths.
-        ModelError: the model does not call its blocks as a decoder does.
-        UnsupportedError: it changes the hidden states between two blocks, or a block depends on something that is not
-            among its arguments.
-        NumericsError: NaN or Inf before the first block.
+    Raises DataError for unusable samples, ModelError or UnsupportedError for a model whose blocks do not follow each
+    other as a decoder's or need more than their arguments, NumericsError for NaN or Inf before the first block.
     """
     inputs = _check_samples(samples)
-    where = torch.device("cpu") if device is None else torch.device(device)
-    if device is None and not source.lazy:  # a live model runs where it is
-        where = next((p.device for p in source.model.parameters()), where)
-    store = TensorPool(torch.device(store_device), disk_store)
+    where = source.default_device if device is None else torch.device(device)
+    if where is None:  # a live model runs where it is
+        where = next((p.device for p in source.model.parameters()), torch.device("cpu"))
+    store = block_calls.TensorPool(torch.device(store_device), disk_store)
     with torch.no_grad(), non_block_loaded(source, device):
         isolation = IsolationCheck(source, store, stream_experts)
         checked = check_isolation and links is None
@@ -233,14 +197,10 @@ class _ExtraBlockOutputs(Exception):
 
 
 class _CallRecorder:
-    """Records the arguments of the blocks, sample by sample.
-
-    With `links` None nothing is known yet of what blocks pass on; then anything but hidden states
-    [batch, tokens, width] raises `_ExtraBlockOutputs`.
-    """
+    """Records the arguments of the blocks, sample by sample. With `links` None it may raise `_ExtraBlockOutputs`."""
 
     def __init__(
-        self, source: ModelSource, store: TensorPool, dtype: torch.dtype | None, stream_experts: bool,
+        self, source: ModelSource, store: block_calls.TensorPool, dtype: torch.dtype | None, stream_experts: bool,
         links: ModelDependencies | None,
     ) -> None:  # fmt: skip
         self.source, self.store, self.dtype, self.stream_experts = source, store, dtype, stream_experts
@@ -254,58 +214,47 @@ class _CallRecorder:
     def record(self, samples: list[dict[str, torch.Tensor]], device: torch.device) -> None:
         """Run each sample, and as a batch of two when its arguments have a new shape, to find the batch dimensions."""
         self._count = len(samples)
-        with replaced_forwards(self.source, self._replacement):
-            for index, sample in enumerate(samples):
-                self._sample, self._doubled = index, False
-                self._run([sample], device)
-                if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
-                    self._doubled = True
-                    self._run([sample, sample], device)
-                self.store.end_of_sample()
+        for index, sample in enumerate(samples):
+            self._sample, self._doubled = index, False
+            if block_calls.run_model(self.source, [sample], device, self._forward) is not None:
+                name = type(self.source.model).__name__
+                raise ModelError(f"{name} never called its last block {self.source.blocks[-1]!r}")
+            if any((i, calls[index].structure) not in self.dims for i, calls in enumerate(self.calls)):
+                self._doubled = True
+                block_calls.run_model(self.source, [sample, sample], device, self._forward)
+            self.store.end_of_sample()
 
-    def _run(self, samples: list[dict[str, torch.Tensor]], device: torch.device) -> None:
-        with suppress(ForwardStopped):
-            run_model(self.source.model, samples, device)
-            name = type(self.source.model).__name__
-            raise ModelError(f"{name} never called its last block {self.source.blocks[-1]!r}")
-
-    def _replacement(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward that records a block's arguments and returns its hidden states unchanged."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            check_not_meta((args, kwargs), self.source.blocks[index], self.source)
-            hidden, arguments = split_hidden_states(args, kwargs)
-            if not self.links_known:
-                plain = hidden.dim() == 3 and hidden.shape[0] <= 2
-                if not plain or any(not isinstance(o, (dict, list)) for o in mutable_objects(arguments).values()):
-                    raise _ExtraBlockOutputs
-            own, calls = self.links.block(index), self.calls[index]
-            call = flatten(arguments, own.objects)
-            leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(call.leaves)]
-            if self._doubled:
-                single = calls[self._sample]
-                self.dims[index, single.structure] = tuple(
-                    _batch_dim(one, two) for one, two in zip(single.leaves, leaves, strict=True)
-                )
-            else:
-                self._record_hidden(index, self.links.layout.rows(hidden))
-                if len(calls) != self._sample:
-                    raise ModelError(
-                        f"block {self.source.blocks[index]!r} was not called exactly once; it cannot be tuned alone"
-                    )
-                calls.append(replace(call, leaves=tuple(self.store.put(leaf) for leaf in leaves)))
-            if type(block) not in self.links.kinds:
-                with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
-                    output = original(*args, **kwargs)
-                rest = checked_output(self.source, index, output, hidden)[1]
-                if not self.links_known and (flatten(rest).leaves or hasattr(type(output), "_fields")):
-                    raise _ExtraBlockOutputs
-                self.links.kinds[type(block)] = rest
-            if index == len(self.calls) - 1:
-                raise ForwardStopped
-            return self.links.output(block, hidden)
-
-        return forward
+    def _forward(
+        self, index: int, block: nn.Module, run: Callable[..., Any], hidden: torch.Tensor, arguments: Arguments
+    ) -> Any:
+        """Record a block's arguments and return its hidden states unchanged."""
+        if not self.links_known:
+            plain = hidden.dim() == 3 and hidden.shape[0] <= 2
+            objects = block_calls.mutable_objects(arguments).values()
+            if not plain or not all(isinstance(item, (dict, list)) for item in objects):
+                raise _ExtraBlockOutputs
+        own, calls, name = self.links.block(index), self.calls[index], self.source.blocks[index]
+        call = flatten(arguments, own.objects)
+        leaves = [_SHARED_PLACEHOLDER if i in own.leaves else leaf for i, leaf in enumerate(call.leaves)]
+        if self._doubled:
+            single = calls[self._sample]
+            pairs = zip(single.leaves, leaves, strict=True)
+            self.dims[index, single.structure] = tuple(_batch_dim(one, two) for one, two in pairs)
+        else:
+            self._record_hidden(index, self.links.layout.rows(hidden))
+            if len(calls) != self._sample:
+                raise ModelError(f"block {name!r} was not called exactly once; it cannot be tuned alone")
+            calls.append(replace(call, leaves=tuple(self.store.put(leaf) for leaf in leaves)))
+        if type(block) not in self.links.kinds:
+            with block_loaded(self.source, name, hidden.device, self.stream_experts):
+                output = run(hidden, arguments)
+            rest = block_calls.checked_output(self.source, index, output, hidden)[1]
+            if not self.links_known and (flatten(rest).leaves or hasattr(type(output), "_fields")):
+                raise _ExtraBlockOutputs
+            self.links.kinds[type(block)] = rest
+        if index == len(self.calls) - 1:
+            raise block_calls.ForwardStopped
+        return self.links.output(block, hidden)
 
     def _record_hidden(self, index: int, hidden: torch.Tensor) -> None:
         """Store the input [1, T, H] of block 0. Blocks return their input here, so each must get the same one."""
@@ -324,7 +273,7 @@ class _CallRecorder:
             self.hidden[self._sample] = hidden[0]
         assert self.hidden is not None
         if self._sample == 0 and not torch.equal(hidden[0].to(self.hidden.device, self.hidden.dtype), self.hidden[0]):
-            raise hidden_changed(self.source, index)
+            raise block_calls.hidden_changed(self.source, index)
 
 
 def _batch_dim(single: ActivationTensor, double: torch.Tensor) -> int | None:

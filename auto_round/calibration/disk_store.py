@@ -25,8 +25,7 @@ _CHUNK_BYTES = 1 << 26
 class DiskStore:
     """One growing temporary file of activations in `folder`, without a name once it is open: it ends with the process.
 
-    A tensor keeps its place until the store is closed. Raises OutputError when the folder cannot be written
-    or its disk is full.
+    Raises OutputError when the folder cannot be written or its disk is full.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -49,7 +48,6 @@ class DiskStore:
         return made
 
     def put(self, tensor: torch.Tensor) -> DiskTensor:
-        """Store a copy of a tensor, in its dtype."""
         made = self.empty(tensor.shape, tensor.dtype)
         self.write(made.start, bytes_of(tensor))
         return made
@@ -130,7 +128,6 @@ class DiskTensor:
         return self._file.empty(self.shape if shape is None else shape, dtype)
 
     def clone(self) -> DiskTensor:
-        """Copy the tensor within the same file."""
         made = self.new_empty(self.dtype)
         for row in range(self.shape[0]):
             made[row] = self[row]

@@ -28,17 +28,14 @@ _LONGEST_NAME = 1024
 
 @dataclass(frozen=True)
 class ImatrixFile:
-    """Mean squares by name, float32 [in], or [experts, in] for stacked experts, with ones for an expert without tokens.
-
-    In the legacy format the experts of a tensor are one row, see `of`.
-    """
+    """Mean squares by name, float32 [in], or [experts, in] for stacked experts; ones for an expert without tokens."""
 
     importance: dict[str, torch.Tensor]
 
     def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
-        """Importance of the tensor `name` of `shape` [out, in] or [experts, out, in]: [in] or [experts, in].
+        """Importance, [in] or [experts, in], of the tensor `name` of `shape` [out, in] or [experts, out, in], or None.
 
-        None when the file has none. Raises DataError when the sizes differ.
+        Raises DataError when the sizes differ. (In the legacy format the experts of a tensor are one row.)
         """
         found = self.importance.get(name)
         if found is None:
@@ -75,14 +72,11 @@ def write_imatrix(
     """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes.
 
     Args:
-        path: the file.
         sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in].
         tokens: number of tokens of each: an integer, or one per expert.
         chunk_size: tokens of one sample.
 
-    Raises:
-        OutputError: the file cannot be written.
-        DataError: there are no sums, or they have NaN or Inf.
+    Raises OutputError when the file cannot be written, DataError when there are no sums, or they have NaN or Inf.
     """
     if not sums:
         raise DataError(f"no importance was collected; there is nothing to write to {path}")

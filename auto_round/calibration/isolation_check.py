@@ -8,40 +8,18 @@ recording holds, with module attributes restored. If the outputs differ, the mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from auto_round.calibration.block_calls import (
-    DATA_FREE_ADVICE,
-    ArgumentPath,
-    BlockDependencies,
-    ForwardStopped,
-    HiddenLayout,
-    ModelDependencies,
-    NestedValue,
-    ObjectEntry,
-    SharedSlot,
-    TensorPool,
-    batch_dim,
-    call_block,
-    checked_output,
-    entries_of,
-    flatten,
-    hidden_changed,
-    mutable_objects,
-    replaced_forwards,
-    run_model,
-    split_hidden_states,
-    split_output,
-    stop_with_input,
-)
+from auto_round.calibration import block_calls
+from auto_round.calibration.block_calls import Arguments, BlockDependencies, NestedValue, SharedSlot, flatten
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.modeling.blocks import output_head
-from auto_round.modeling.partial_loading import block_loaded, check_not_meta, non_block_modules
+from auto_round.modeling.partial_loading import block_loaded, non_block_modules
 from auto_round.modeling.source import ModelSource
 
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_buffers"}
@@ -68,7 +46,7 @@ class _AttributeSnapshot:
     def record_changes(self) -> None:
         """Remember the old entries of what has changed, unless older ones are known."""
         for container, old in self._seen:
-            now, then = entries_of(container), entries_of(old)
+            now, then = block_calls.entries_of(container), block_calls.entries_of(old)
             if now.keys() != then.keys() or any(now[key] is not then[key] for key in now):
                 self._before.setdefault(id(container), (container, old))
 
@@ -105,9 +83,9 @@ class IsolationCheck:
     `store` holds the arguments for the comparison; with `stream_experts`, one expert is loaded at a time.
     """
 
-    def __init__(self, source: ModelSource, store: TensorPool, stream_experts: bool) -> None:
+    def __init__(self, source: ModelSource, store: block_calls.TensorPool, stream_experts: bool) -> None:
         self.source, self.store, self.stream_experts = source, store, stream_experts
-        self._layout = HiddenLayout()
+        self._layout = block_calls.HiddenLayout()
         self._calls: list[NestedValue] = []
         self._blocks: list[BlockDependencies] = []
         self._kinds: dict[type, tuple[Any, ...] | None] = {}
@@ -117,32 +95,27 @@ class IsolationCheck:
         self._values: dict[SharedSlot, torch.Tensor] = {}
         self._slots: dict[int, tuple[torch.Tensor, SharedSlot]] = {}  # by id of the tensor, which is kept alive
         self._objects: dict[int, tuple[Any, int]] = {}  # by id: shared objects and their numbers
-        self._entries: dict[tuple[int, Any], ObjectEntry] = {}
+        self._entries: dict[tuple[int, Any], block_calls.ObjectEntry] = {}
         self._attributes = _AttributeSnapshot()
         self._non_block = list(non_block_modules(source).values())
 
-    def run(self, sample: dict[str, torch.Tensor], device: torch.device) -> ModelDependencies:
+    def run(self, sample: dict[str, torch.Tensor], device: torch.device) -> block_calls.ModelDependencies:
         """Run one sample through all blocks, and return the dependencies between them.
 
         Raises ModelError or UnsupportedError when they cannot run one at a time.
         """
         self._tokens = sample["input_ids"].numel()
-        head = output_head(self.source.model)
-        with ExitStack() as stack:
-            if head is not None:  # after the blocks only another call of a block would matter: no need to load the head
-                stack.enter_context(head.register_forward_pre_hook(stop_with_input, prepend=True))
-            stack.enter_context(replaced_forwards(self.source, self._checked_forward))
-            with suppress(ForwardStopped):
-                run_model(self.source.model, [sample], device)
+        # After the blocks only another call of a block would matter: no need to load the head.
+        block_calls.run_model(self.source, [sample], device, self._forward, output_head(self.source.model))
         if len(self._blocks) != len(self.source.blocks):
             raise ModelError(
                 f"{type(self.source.model).__name__} never called its block {self.source.blocks[len(self._blocks)]!r}; "
-                f"{DATA_FREE_ADVICE}"
+                f"{block_calls.DATA_FREE_ADVICE}"
             )
         self.store.end_of_sample()
         needed = {slot for block in self._blocks for slot in block.reads}
         blocks = tuple(replace(b, writes=tuple(slot for slot in b.writes if slot in needed)) for b in self._blocks)
-        return ModelDependencies(self._layout, blocks, self._kinds, self._changes_hidden)
+        return block_calls.ModelDependencies(self._layout, blocks, self._kinds, self._changes_hidden)
 
     def compare_recording(self, calls: list[NestedValue]) -> None:
         """Compare the calls of this sample with those recorded in a pass without the blocks.
@@ -155,63 +128,56 @@ class IsolationCheck:
             if not same or any(a is not b for i, (a, b) in pairs if i not in self._blocks[index].leaves):
                 raise self._refusal(index, "is called with values that depend on what earlier blocks computed")
 
-    def _checked_forward(self, index: int, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward that runs a block, finds what it shares with others, and runs it again."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            check_not_meta((args, kwargs), self.source.blocks[index], self.source)
-            if len(self._blocks) != index:
-                raise ModelError(
-                    f"block {self.source.blocks[index]!r} was not called exactly once, in order: "
-                    f"{type(self.source.model).__name__} runs its blocks in a cycle, so they cannot be tuned one at a "
-                    f"time; {DATA_FREE_ADVICE}"
-                )
-            hidden, arguments = split_hidden_states(args, kwargs)
-            self._check_hidden(index, hidden)
-            before = {path: (item, entries_of(item)) for path, item in mutable_objects(arguments).items()}
-            versions = [(tensor, tensor._version) for tensor in flatten(arguments).leaves]
-            with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
-                self._attributes.take([*self._non_block, *block.modules()])
-                given, version = hidden.clone(), hidden._version
-                output = original(*args, **kwargs)
-                self._attributes.record_changes()
-                self._changes_hidden |= hidden._version != version
-                if any(tensor._version != version for tensor, version in versions):
-                    raise self._refusal(index, "changes one of its arguments in place")
-                if hasattr(type(output), "_fields"):  # its fields are read by name, so it cannot be replaced
-                    raise self._refusal(index, f"returns a {type(output).__name__} of several values")
-                self._output, rest = checked_output(self.source, index, output, given)
-                call, links = self._find_dependencies(index, arguments, before, output)
-                self._compare(index, self._output, self._replay(index, original, call, links, given))
-            self._calls.append(call)
-            self._blocks.append(links)
-            extra = flatten(rest)  # for when the block does not run: NaN, and zeros for integers
-            blank = [torch.full_like(t, torch.nan if t.is_floating_point() else 0) for t in extra.leaves]
-            self._kinds.setdefault(type(block), extra.build(blank))
-            return output
-
-        return forward
-
-    def _check_hidden(self, index: int, hidden: torch.Tensor) -> None:
-        """Raise unless a block gets what the last one returned."""
+    def _forward(
+        self, index: int, block: nn.Module, run: Callable[..., Any], hidden: torch.Tensor, arguments: Arguments
+    ) -> Any:
+        """Run a block, find what it shares with others, and run it again."""
+        if len(self._blocks) != index:
+            raise ModelError(
+                f"block {self.source.blocks[index]!r} was not called exactly once, in order: "
+                f"{type(self.source.model).__name__} runs its blocks in a cycle, so they cannot be tuned one at a "
+                f"time; {block_calls.DATA_FREE_ADVICE}"
+            )
         if index == 0:
-            layout = HiddenLayout.of(hidden, self._tokens)
+            layout = block_calls.HiddenLayout.of(hidden, self._tokens)
             if layout is None:
                 raise ModelError(
                     f"{self.source.blocks[0]} gets a tensor of shape {list(hidden.shape)} without separate dimensions "
-                    f"for samples and tokens; {DATA_FREE_ADVICE}"
+                    f"for samples and tokens; {block_calls.DATA_FREE_ADVICE}"
                 )
             self._layout = layout
         elif self._output is None or not (hidden is self._output or torch.equal(hidden, self._output)):
-            raise hidden_changed(self.source, index)
+            raise block_calls.hidden_changed(self.source, index)
+        objects = block_calls.mutable_objects(arguments)
+        before = {path: (item, block_calls.entries_of(item)) for path, item in objects.items()}
+        versions = [(tensor, tensor._version) for tensor in flatten(arguments).leaves]
+        with block_loaded(self.source, self.source.blocks[index], hidden.device, self.stream_experts):
+            self._attributes.take([*self._non_block, *block.modules()])
+            given, version = hidden.clone(), hidden._version
+            output = run(hidden, arguments)
+            self._attributes.record_changes()
+            self._changes_hidden |= hidden._version != version
+            if any(tensor._version != version for tensor, version in versions):
+                raise self._refusal(index, "changes one of its arguments in place")
+            if hasattr(type(output), "_fields"):  # its fields are read by name, so it cannot be replaced
+                raise self._refusal(index, f"returns a {type(output).__name__} of several values")
+            self._output, rest = block_calls.checked_output(self.source, index, output, given)
+            call, links = self._find_dependencies(index, arguments, before, output)
+            self._replay(index, run, call, links, given)
+        self._calls.append(call)
+        self._blocks.append(links)
+        extra = flatten(rest)  # for when the block does not run: NaN, and zeros for integers
+        blank = [torch.full_like(t, torch.nan if t.is_floating_point() else 0) for t in extra.leaves]
+        self._kinds.setdefault(type(block), extra.build(blank))
+        return output
 
     def _find_dependencies(
-        self, index: int, arguments: Any, before: dict[ArgumentPath, tuple[Any, dict[Any, Any]]], output: Any
+        self, index: int, arguments: Arguments, before: dict[Any, tuple[Any, dict[Any, Any]]], output: Any
     ) -> tuple[NestedValue, BlockDependencies]:
         """The call as it would be recorded, and what the block reads and writes."""
         made: list[tuple[int | None, Any, Any]] = [(None, None, output)]  # (number of the object, key, value)
         for item, old in before.values():
-            now = entries_of(item)
+            now = block_calls.entries_of(item)
             changed = [key for key in now if key not in old or now[key] is not old[key]]
             if changed:
                 own = self._objects.setdefault(id(item), (item, len(self._objects)))[1]
@@ -230,7 +196,7 @@ class IsolationCheck:
             if number is not None:
                 if len(found) != len(slots):
                     raise self._refusal(index, "passes on a tensor without a batch dimension")
-                self._entries[number, key] = ObjectEntry(number, key, replace(nested, leaves=()), found)
+                self._entries[number, key] = block_calls.ObjectEntry(number, key, replace(nested, leaves=()), found)
         call = replace(call, leaves=tuple(self.store.put(leaf) for leaf in call.leaves))
         return call, BlockDependencies(linked, objects, entries, tuple(writes))
 
@@ -239,7 +205,7 @@ class IsolationCheck:
         if id(tensor) in self._slots:
             return self._slots[id(tensor)][1]
         is_hidden = number is None and leaf == 0
-        batch = self._layout.batch if is_hidden else batch_dim(tensor)
+        batch = self._layout.batch if is_hidden else block_calls.batch_dim(tensor)
         if batch is None:
             return None
         slot = SharedSlot(index, number, key, leaf, batch)
@@ -249,24 +215,22 @@ class IsolationCheck:
 
     def _replay(
         self, index: int, run: Callable[..., Any], call: NestedValue, links: BlockDependencies, hidden: torch.Tensor
-    ) -> torch.Tensor | None:
-        """The hidden states that a block returns when it is run from its recording."""
+    ) -> None:
+        """Run a block from its recording. Raises UnsupportedError when it does not return `_output`."""
         leaves = [leaf.to(hidden.device) for leaf in call.leaves]
         given = self._layout.hidden(self._layout.rows(hidden).clone())
         try:
             arguments, _ = links.arguments(call, leaves, lambda slot: self._values[slot].clone())
             with self._attributes.restored():
-                return split_output(call_block(run, given, arguments))[0]
+                replayed = block_calls.split_output(run(given, arguments))[0]
         except (torch.OutOfMemoryError, ModelError):
             raise
         except Exception as error:  # a block without its dependencies can raise anything
             raise self._refusal(index, f"cannot be run alone ({type(error).__name__}: {error})") from error
-
-    def _compare(self, index: int, real: torch.Tensor, replayed: torch.Tensor | None) -> None:
+        real = self._output
+        assert real is not None
         if replayed is None or replayed.shape != real.shape:
             raise self._refusal(index, "has other outputs when it is run alone")
-        if torch.equal(real, replayed):
-            return
         a, b = real.float(), replayed.float()
         size = float(a.abs().nan_to_num(0, 0, 0).max())
         if not torch.allclose(a, b, rtol=0, atol=_TOLERANCE * size, equal_nan=True):
@@ -277,5 +241,5 @@ class IsolationCheck:
         name = type(self.source.model).__name__
         return UnsupportedError(
             f"block {self.source.blocks[index]!r} of {name} {what}, so its blocks cannot be tuned one at a "
-            f"time; {DATA_FREE_ADVICE}"
+            f"time; {block_calls.DATA_FREE_ADVICE}"
         )

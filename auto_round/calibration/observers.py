@@ -164,9 +164,8 @@ def hessian_bytes(widths: Sequence[int]) -> int:
 class InputHessian(InputObserver):
     """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum.
 
-    Args:
-        band: channels of one diagonal block of the Hessian; `observing` chooses it by the widths of the layers.
-        passes: how often a layer will run, each time on about as many tokens.
+    `band` is the number of channels of one diagonal block, which `observing` chooses by the widths of the layers,
+    `passes` how often a layer will run, each time on about as many tokens.
     """
 
     def __init__(self, band: int = _BAND_WIDTHS[0], passes: int = 1) -> None:
@@ -209,10 +208,9 @@ class InputHessian(InputObserver):
         return self._seen.get(name, 0)
 
     def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:
-        """The Hessian of a layer: float32 [n, n] for each band of channels, in order.
+        """The Hessian of a layer: float32 [n, n] for each band of channels, the same tensors for layers of one input.
 
-        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only. Layers that
-        share inputs get the same tensors.
+        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only.
         """
         leader = self._leaders.get(name)
         if leader is None or self._mixed & {name, leader} or not least <= self._seen[name] == self._seen[leader]:
@@ -332,7 +330,7 @@ def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> 
 
 @contextmanager
 def _observe_queries(attentions: Sequence[Attention], observer: KVCacheObserver) -> Iterator[None]:
-    """Make the attention modules call a function that observes the queries, then the attention function set before."""
+    """Make attention modules call a function that observes the queries, then the attention function set before."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     names = {id(attention.module): attention.name for attention in attentions}

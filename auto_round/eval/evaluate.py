@@ -15,16 +15,8 @@ import torch
 
 from auto_round.calibration.data.sources import held_out_documents
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError, first_line
-from auto_round.eval.measures import (
-    EvalResult,
-    make_windows,
-    perplexity,
-    read_text,
-    token_kl,
-    token_nll,
-    top1_agreement,
-    weighted_mean,
-)
+from auto_round.eval import measures
+from auto_round.eval.measures import EvalResult
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.logger import logger
 from auto_round.modeling.build import load_config
@@ -65,11 +57,8 @@ def evaluate(
         trust_remote_code: allow a checkpoint's own Python files to run.
         backend: for quantized layers; None: the fastest available.
 
-    Raises:
-        ConfigError: contradictory or invalid settings.
-        DataError: text that is missing, unreadable or empty.
-        ModelError: a model cannot be opened, or its vocabulary differs from the reference's.
-        NumericsError: NaN in the logits.
+    Raises ConfigError for invalid settings, DataError for unusable text, ModelError for a model that cannot be opened
+    or has another vocabulary than the reference, NumericsError for NaN in the logits.
     """
     if texts is not None and path is not None:
         raise ConfigError("both texts and path were given; give one")
@@ -78,14 +67,14 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not allowed; use 1 or more")
     if path is not None:
-        documents, text_name = [read_text(path)], str(path)
+        documents, text_name = [measures.read_text(path)], str(path)
     elif texts is not None:
         documents, text_name = list(texts), f"{len(texts)} given texts"
     else:
         documents, text_name = held_out_text()
         logger.info("no evaluation text was given: using %s; give one with --eval_text or path=", text_name)
     tokenizer = load_tokenizer(model_or_path, trust_remote_code) if tokenizer is None else tokenizer
-    windows, bos = make_windows(documents, tokenizer, seqlen=seqlen, max_windows=max_windows, add_bos=add_bos)
+    windows, bos = measures.make_windows(documents, tokenizer, seqlen=seqlen, max_windows=max_windows, add_bos=add_bos)
     if reference_logits is not None and len(reference_logits) != len(windows):
         raise ConfigError(f"reference_logits has {len(reference_logits)} windows, the text gives {len(windows)}")
 
@@ -103,7 +92,7 @@ def evaluate(
                 against = _logits(other, ids, "reference", first)
             elif reference_logits is not None:
                 against = torch.stack(list(reference_logits[first : first + batch_size]))
-            measures = {"nll": token_nll(logits, ids)}
+            found = {"nll": measures.token_nll(logits, ids)}
             if against is not None:
                 if against.shape != logits.shape:
                     raise ModelError(
@@ -112,24 +101,24 @@ def evaluate(
                         "tokenizer"
                     )
                 against = against.to(logits.device)
-                measures["reference_nll"] = token_nll(against, ids)
-                measures["kl"] = token_kl(against[:, :-1], logits[:, :-1])
-                measures["agreement"] = top1_agreement(against[:, :-1], logits[:, :-1])
-            for measure, per_token in measures.items():
+                found["reference_nll"] = measures.token_nll(against, ids)
+                found["kl"] = measures.token_kl(against[:, :-1], logits[:, :-1])
+                found["agreement"] = measures.top1_agreement(against[:, :-1], logits[:, :-1])
+            for measure, per_token in found.items():
                 means[measure] += per_token.double().mean(-1).tolist()
             logger.debug("evaluated %d of %d windows", min(first + batch_size, len(windows)), len(windows))
     tokens = [float(window.numel() - 1) for window in windows]
-    estimates = {measure: weighted_mean(values, tokens) for measure, values in means.items()}
+    estimates = {measure: measures.weighted_mean(values, tokens) for measure, values in means.items()}
     compared = "kl" in estimates
     name, reference_name = (_origin(m) or type(m).__name__ for m in (model_or_path, reference))
     if reference is None:
         reference_name = "cached logits"
     return EvalResult(
-        model=name, text=text_name, perplexity=perplexity(estimates["nll"]), nll=estimates["nll"],
+        model=name, text=text_name, perplexity=measures.perplexity(estimates["nll"]), nll=estimates["nll"],
         windows=len(windows), tokens=int(sum(tokens)), seqlen=windows[0].numel(), bos=bos,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."), device=str(_device_of(model)),
         seconds=time.perf_counter() - start, reference=reference_name if compared else None,
-        reference_perplexity=perplexity(estimates["reference_nll"]) if compared else None,
+        reference_perplexity=measures.perplexity(estimates["reference_nll"]) if compared else None,
         kl=estimates.get("kl"), agreement=estimates.get("agreement"),
     )  # fmt: skip
 
@@ -149,9 +138,8 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) ->
         )
     logits = model(input_ids=ids.to(_device_of(model)), use_cache=False).logits
     if bool(torch.isnan(logits).any()):
-        raise NumericsError(
-            f"the logits of the {what} contain NaN in window {first} or its batch; its weights are damaged"
-        )
+        where = f"window {first} or its batch"
+        raise NumericsError(f"the logits of the {what} contain NaN in {where}; its weights are damaged")
     return logits
 
 

@@ -52,9 +52,7 @@ def generate(
         chat: apply the chat template; None: if there is one.
         on_text: called with each piece of new text.
 
-    Raises:
-        ConfigError: an invalid setting, or `chat` without a template.
-        ModelError: the tokenizer does not fit the model.
+    Raises ConfigError for an invalid setting or `chat` without a template, ModelError for another model's tokenizer.
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} is not allowed; use 1 or more")
@@ -85,17 +83,29 @@ def generate(
         sampling |= dict.fromkeys(("temperature", "top_p", "top_k"))
     elif temperature is not None:
         sampling["temperature"] = temperature
-    streamer = _streamer(tokenizer, on_text)
+    from transformers import TextStreamer
+
+    times: list[float] = []  # of the prompt and of each token
+
+    class Streamer(TextStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            times.append(time.perf_counter())
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None and text:
+                on_text(text)
+
+    streamer: Any = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         start = time.perf_counter()
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, pad_token_id=pad, streamer=streamer, **sampling)
-    first, last = streamer.times[1], streamer.times[-1]
     new = out[0, ids.shape[1] :]
     return Generation(
         text=tokenizer.decode(new, skip_special_tokens=True), prompt_tokens=ids.shape[1], new_tokens=len(new),
-        prefill_seconds=first - start, decode_seconds=last - first, backends=count_backends(model),
+        prefill_seconds=times[1] - start, decode_seconds=times[-1] - times[1], backends=count_backends(model),
     )  # fmt: skip
 
 
@@ -110,24 +120,3 @@ def count_backends(model: torch.nn.Module) -> dict[str, int]:
         elif isinstance(module, torch.nn.Linear):
             found["dense"] += 1
     return dict(found.most_common())
-
-
-def _streamer(tokenizer: Any, on_text: Callable[[str], None] | None) -> Any:
-    from transformers import TextStreamer
-
-    class Streamer(TextStreamer):
-        """Passes text to `on_text` and records the times of the prompt and of each token."""
-
-        def __init__(self) -> None:
-            super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            self.times: list[float] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.times.append(time.perf_counter())
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None and text:
-                on_text(text)
-
-    return Streamer()

@@ -93,12 +93,7 @@ def _slices(positions: int, vocab: int) -> list[slice]:
 
 
 def token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood of each next token, in nats: float32 [B, T - 1] (or [T - 1]).
-
-    Args:
-        logits: [B, T, V] (or [T, V]), any float dtype; position t predicts token t + 1.
-        input_ids: int64 [B, T] (or [T]).
-    """
+    """Negative log-likelihood of each next token, in nats: float32 [B, T - 1] of logits [B, T, V] and ids [B, T]."""
     flat = logits[..., :-1, :].reshape(-1, logits.shape[-1])
     target = input_ids[..., 1:].reshape(-1)
     out = torch.empty(flat.shape[0], dtype=torch.float32, device=logits.device)
@@ -108,10 +103,7 @@ def token_nll(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
 
 
 def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(reference || other) of each position's next-token distribution, in nats: float32 [...] of logits [..., V].
-
-    Tokens of zero probability in the reference (logit -inf) add nothing.
-    """
+    """KL(reference || other) of each position's next-token distribution, in nats: float32 [...] of logits [..., V]."""
     vocab = reference.shape[-1]
     p, q = reference.reshape(-1, vocab), other.reshape(-1, vocab)
     out = torch.empty(p.shape[0], dtype=torch.float32, device=reference.device)
@@ -119,7 +111,7 @@ def token_kl(reference: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         log_p = p[part].float().log_softmax(-1)
         log_q = q[part].to(reference.device).float().log_softmax(-1)
         prob = log_p.exp()
-        terms = (prob * (log_p - log_q)).masked_fill_(prob == 0, 0.0)
+        terms = (prob * (log_p - log_q)).masked_fill_(prob == 0, 0.0)  # impossible tokens add nothing
         out[part] = terms.sum(-1, dtype=torch.float64).float()
     return out.view(reference.shape[:-1])
 

@@ -1,7 +1,4 @@
-"""Dataset strings, the registry of named datasets, and the number of samples of each; docs/datasets.md is the guide.
-
-A `:` that belongs to a Windows drive (`C:\\data.json`) or to `://` does not separate options.
-"""
+"""Dataset strings, the registry of named datasets, and the number of samples of each; docs/datasets.md is the guide."""
 
 from __future__ import annotations
 
@@ -126,6 +123,7 @@ def _split(text: str, separator: str, whole: str) -> list[str]:
         else:
             start_of_word = char in ",:=+" or (start_of_word and char == " ")
             before = text[: i - 1].rstrip() if i else "x"
+            # The colon of a Windows drive (`C:\data.json`) or of `://` belongs to the name.
             drive = _DRIVE.match(text, i - 1) and (not before or before[-1] in ",'\"")
             if char == separator and not (char == ":" and (drive or text.startswith("://", i))):
                 parts.append("")
@@ -168,13 +166,12 @@ DATASETS: dict[str, DatasetEntry] = {}
 def register_dataset(
     names: str | Iterable[str], *, description: str = "", where: str = BY_PROGRAM, concat: bool = False
 ) -> Callable[[_F], _F]:
-    """Decorator that registers a function as the reader of one or several dataset names.
+    """Decorator that registers a function as the reader of one or several dataset names, in place of earlier ones.
 
     The function gets those of `ARGUMENTS` that it names (all with `**kwargs`), and yields documents: strings, mappings
     with `text`, `messages` or `input_ids`, or lists of messages. It is read only as far as needed.
 
-    Registering a name again replaces it. Raises ConfigError for an empty name, a name with characters of the dataset
-    string (`,`, `:`, `+`, quotes), or a function that requires an unknown argument.
+    Raises ConfigError for an unusable name, or a function that requires an unknown argument.
     """
     wanted = (names,) if isinstance(names, str) else tuple(names)
     if not wanted or not all(isinstance(n, str) and n for n in wanted):

@@ -18,7 +18,7 @@ from auto_round.calib_dataset import (
     prepare_calibration,
     register_dataset,
 )
-from auto_round.calibration.data import hub as hub_access
+from auto_round.calibration.data import sources as hub_access
 from auto_round.calibration.data.sources import builtin_documents
 from auto_round.errors import ConfigError, DataError
 
