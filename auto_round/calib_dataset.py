@@ -12,16 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from auto_round import envs
+from auto_round.calibration.data import documents as docs
 from auto_round.calibration.data import sources
-from auto_round.calibration.data.documents import (
-    IGNORED_LABEL,
-    DocumentStats,
-    Sample,
-    TokenDocument,
-    documents_from_item,
-    documents_from_object,
-    samples_of,
-)
+from auto_round.calibration.data.documents import DocumentStats, Sample, TokenDocument
 from auto_round.calibration.data.sources import DEFAULT_DATASET, READERS, looks_like_path
 from auto_round.calibration.data.spec import (
     DATASETS,
@@ -40,8 +33,7 @@ __all__ = [
 
 # Least number of documents read from a dataset before giving up; limits the time spent on a set of short texts.
 _MIN_DOCUMENT_LIMIT = 50_000
-OpenDataset = tuple[DocumentStats, Iterator[Sample]]
-"""A dataset that is being read: statistics of its documents, and its samples."""
+OpenDataset = tuple[DocumentStats, Iterator[Sample]]  # statistics of its documents, and its samples
 
 
 @dataclass(frozen=True)
@@ -64,14 +56,12 @@ def prepare_calibration(
             or dicts with `input_ids` and optional `attention_mask` and `labels`), or a DataLoader or other iterable of
             those. Batches are split into samples.
         tokenizer: a Transformers tokenizer; may be None for token ids.
-        seqlen: tokens per sample. Lowered, with a log line, to `model_max_length`, and to the common length of given
-            token ids when that is shorter.
+        seqlen: tokens per sample. Lowered, with a log line, to `model_max_length` (positions of the model), and to the
+            common length of given token ids when that is shorter.
         nsamples: samples requested. When there are fewer, a warning gives the reason.
         seed: determines the selection and order of samples.
-        model_max_length: number of positions that the model supports.
         vocab_size: rows of the model's embedding; larger token ids raise DataError.
-        platform: "hf" or "model_scope", where the default set is downloaded from; AR_USE_MODELSCOPE also selects
-            ModelScope.
+        platform: where the default set is downloaded from: "hf" or "model_scope" (also by AR_USE_MODELSCOPE).
 
     Raises ConfigError for a wrong argument or dataset string, DataError when data cannot be read or no sample is left.
     When the default set cannot be downloaded, the bundled text is used, with a log line.
@@ -116,11 +106,11 @@ class _Reader:
 
     def _open(self, documents: Iterator[Any], stats: DocumentStats, *template: Any) -> OpenDataset:
         limit = max(_MIN_DOCUMENT_LIMIT, 100 * self.nsamples)
-        return stats, samples_of(itertools.islice(documents, limit), self.tokenizer, stats, *template)
+        return stats, docs.samples_of(itertools.islice(documents, limit), self.tokenizer, stats, *template)
 
     def open_object(self, dataset: Any) -> OpenDataset:
         """Open a Python object. A list of strings is shuffled; token ids and iterables keep their order."""
-        documents = documents_from_object(dataset, self.seed)
+        documents = docs.documents_from_object(dataset, self.seed)
         head = list(itertools.islice(documents, self.nsamples))
         if not head:
             raise DataError("the given dataset is empty; give some strings or token ids")
@@ -180,7 +170,7 @@ class _Reader:
                 apply_chat_template=template, system_prompt=spec.system_prompt,
             )  # fmt: skip
             items = ((row, f"row {i} of dataset {spec.name!r}") for i, row in enumerate(rows))
-            documents = itertools.chain.from_iterable(itertools.starmap(documents_from_item, items))
+            documents = itertools.chain.from_iterable(itertools.starmap(docs.documents_from_item, items))
             concat = entry.concat if spec.concat is None else spec.concat
             template = template and "apply_chat_template" not in entry.takes
         elif looks_like_path(spec.name):
@@ -217,5 +207,5 @@ def _collect(opened: list[OpenDataset], nsamples: int, seed: int) -> tuple[list[
         for sample in samples:
             if "labels" not in sample:
                 padded = sample["attention_mask"] == 0
-                sample["labels"] = sample["input_ids"].masked_fill(padded, IGNORED_LABEL)
+                sample["labels"] = sample["input_ids"].masked_fill(padded, docs.IGNORED_LABEL)
     return samples, tuple((stats.name, len(part)) for (stats, _), part in zip(opened, taken, strict=True) if part)

@@ -190,12 +190,10 @@ def load_model(
 ) -> torch.nn.Module:  # fmt: skip
     """A causal language model in evaluation mode; a model object is returned unchanged.
 
-    Checkpoints of AutoRound, GPTQ and AWQ run with the backends of this package, others as Transformers runs them.
-
     Args:
         device: one device, or "auto": spread over all available devices.
         dequantized: dequantize an FP8 or MXFP4 checkpoint to the full-precision model that quantization starts from.
-        backend: for the quantized layers; None: the fastest available.
+        backend: for layers in formats of AutoRound, GPTQ and AWQ; None: the fastest available.
 
     Raises ConfigError for a backend that is unknown or has no layers to run, ModelError when the checkpoint cannot be
     opened.

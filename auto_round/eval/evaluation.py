@@ -15,10 +15,7 @@ def simple_evaluate(
     model: Any, model_args: str | dict[str, Any] | None = None, batch_size: int | str | None = None,
     limit: int | float | None = None, max_batch_size: int | None = None, device: str | None = None, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """What `lm_eval.simple_evaluate` returns for the same arguments, such as `tasks=["piqa"]`.
-
-    Raises ConfigError when lm-eval is not installed.
-    """
+    """What `lm_eval.simple_evaluate` returns for the same arguments. Raises ConfigError without lm-eval."""
     return _lm_eval().simple_evaluate(
         model=model, model_args=model_args, batch_size=batch_size, limit=limit, max_batch_size=max_batch_size,
         device=device, **kwargs,

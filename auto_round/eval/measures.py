@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from auto_round.errors import ConfigError, DataError
 
-# Logits per slice: 32 MiB as float32.
-SLICE_ELEMENTS = 1 << 23
+SLICE_ELEMENTS = 1 << 23  # logits per slice: 32 MiB as float32
 
 
 def read_text(path: str | PathLike[str]) -> str:

@@ -56,16 +56,14 @@ Document = str | list[Message] | TokenDocument
 def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
     """Yield the documents of a Python object in its own order, which a DataLoader may draw from `seed`.
 
-    Raises ConfigError when `data` has an unsupported type, DataError for a bad sample.
+    Raises ConfigError for an unsupported type, DataError for a bad sample.
     """
     if isinstance(data, (Mapping, torch.Tensor)) or _is_ids(data) or _is_conversation(data):
         yield from documents_from_item(data, "the dataset")
         return
     if isinstance(data, (str, bytes)) or not isinstance(data, Iterable):
-        raise ConfigError(
-            f"dataset is a {type(data).__name__}; give a dataset string, a list of strings or of token ids, or a "
-            "DataLoader"
-        )
+        allowed = "a dataset string, a list of strings or of token ids, or a DataLoader"
+        raise ConfigError(f"dataset is a {type(data).__name__}; give {allowed}")
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:  # samplers draw their seed when the first item is requested
