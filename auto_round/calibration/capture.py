@@ -38,7 +38,6 @@ class CapturedInputs:
     _calls: list[list[NestedValue]]  # by block and sample
     _dims: dict[Hashable, tuple[int | None, ...]]  # batch dimensions, by block and structure of a call
     _on_device: dict[Hashable, torch.Tensor] = field(default_factory=dict)
-    running: Sequence[int] = ()  # indices of the samples in the current batch
 
     def run(
         self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: Sequence[int],
@@ -61,9 +60,8 @@ class CapturedInputs:
             groups.setdefault((call.structure, unbatched), []).append(position)
         outputs, order = [], []
         for group in groups.values():
-            self.running = [samples[position] for position in group]
-            part = hidden if len(groups) == 1 else hidden[group]
-            outputs.append(self._run_group(block_index, block, part, state, store_state))
+            part, own = hidden if len(groups) == 1 else hidden[group], [samples[position] for position in group]
+            outputs.append(self._run_group(block_index, block, part, own, state, store_state))
             order += group
         if len(groups) == 1:
             return outputs[0]
@@ -88,10 +86,11 @@ class CapturedInputs:
         return found if isinstance(found, torch.Tensor) else found.logits
 
     def _run_group(
-        self, block_index: int, block: nn.Module, hidden: torch.Tensor, state: SharedState | None, store_state: bool
-    ) -> torch.Tensor:
-        """Run a block on the samples of `running`, whose arguments can share a batch."""
-        links, samples = self.links.block(block_index), list(self.running)
+        self, block_index: int, block: nn.Module, hidden: torch.Tensor, samples: list[int], state: SharedState | None,
+        store_state: bool,
+    ) -> torch.Tensor:  # fmt: skip
+        """Run a block on samples whose arguments can share a batch."""
+        links = self.links.block(block_index)
         calls = [self._calls[block_index][sample] for sample in samples]
 
         def take(slot: block_calls.SharedSlot) -> torch.Tensor:
