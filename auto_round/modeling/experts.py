@@ -7,6 +7,7 @@ Quantizers, formats and runtimes work on linear layers, so `LinearExperts` repla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
@@ -233,14 +234,12 @@ class SharedExperts(LinearExperts):
     def forward(self, hidden_states: torch.Tensor, gammas: torch.Tensor) -> torch.Tensor:
         """[..., H] from hidden_states [..., H] and gammas, one factor per token and expert."""
         gammas = gammas.reshape(*hidden_states.shape[:-1], self.num_experts)
-        total: torch.Tensor | None = None
+        parts: list[torch.Tensor] = []
         for index, (gate, up, down) in enumerate(self.leaves):
             expert = self.get_submodule(str(index))
             inner = self.combine(getattr(expert, gate)(hidden_states), getattr(expert, up)(hidden_states))
-            part = getattr(expert, down)(inner * gammas[..., index, None]).float()
-            total = part if total is None else total + part
-        assert total is not None
-        return total.to(hidden_states.dtype)
+            parts.append(getattr(expert, down)(inner * gammas[..., index, None]).float())
+        return reduce(torch.add, parts).to(hidden_states.dtype)
 
 
 class ExpertProjection(LinearExperts):

@@ -132,8 +132,7 @@ class DequantizedFiles(TensorFiles):
                 whole[expert] = self.read(key, expert)
             return whole
         scale_shape = self.stored.tensors[weight.scale].shape
-        per_expert = row is not None and scale_shape[:1] == weight.shape[:1]
-        scale = self.stored.read(weight.scale, row if per_expert else None)
+        scale = self.stored.read(weight.scale, row if scale_shape[:1] == weight.shape[:1] else None)
         out = empty_mmap(weight.shape if row is None else weight.shape[1:], self.dtype)
         dequantize(self.stored.read(weight.codes, row), weight.element, scale, weight.block, out)
         return out.mT.contiguous() if weight.transposed else out
