@@ -146,14 +146,14 @@ def library() -> Any:
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(found, name)
             function.restype, function.argtypes = result, arguments
-        found.use_threads_of(_torch_threads())
+        # The threads of a second OpenMP runtime would compete with PyTorch's for the cores: both wait by spinning.
+        found.use_threads_of(_torch_openmp())
         found.half = bool(found.has_half())
     return found
 
 
-def _torch_threads() -> int | None:
-    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded: threads of a second one would compete
-    with PyTorch's for the cores, since both wait by spinning."""
+def _torch_openmp() -> int | None:
+    """Address of `GOMP_parallel` in the OpenMP runtime that PyTorch has loaded."""
     lib = Path(torch.__file__).parent
     found = (path for folder in (lib / "lib", lib.with_name("torch.libs")) for path in sorted(folder.glob("lib*omp*")))
     for handle in (None, *map(str, found)):

@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _floats(words, zero, exponent, place: tl.constexpr, BITS: tl.constexpr):
-    """(code - zero) * 2**at in float32, of the code at position `place` of each word; 2**-at is `_power`."""
+    """(code - zero) * 2**at in float32, of the code at position `place` of each word."""
     FIT: tl.constexpr = 23 // BITS
     at: tl.constexpr = place % FIT * BITS
     value = (words & (((1 << BITS) - 1) << at)) | exponent
@@ -47,14 +47,6 @@ def _two(x, row, x_stride, k, mask, KIND: tl.constexpr):
 
 
 @triton.jit
-def _expert_of(row, offsets, EXPERTS: tl.constexpr, PADDED: tl.constexpr):
-    """The expert of `row` in the sorted rows; EXPERTS for rows without an expert."""
-    index = tl.arange(0, PADDED)
-    ends = tl.load(offsets + index + 1, mask=index < EXPERTS, other=2147483647)
-    return tl.sum((ends <= row).to(tl.int32), axis=0)
-
-
-@triton.jit
 def matvec(
     x, words, scales, zeros, out, offsets, exponent, down, rows, columns, row_stride, x_stride, in_features, blocks,
     blocks_each, word_stride, scale_stride,
@@ -75,7 +67,9 @@ def matvec(
     live = row < rows
     if EXPERTS > 0:
         row = row + tl.program_id(2)
-        expert = _expert_of(tl.program_id(2), offsets, EXPERTS, PADDED)
+        index = tl.arange(0, PADDED)
+        ends = tl.load(offsets + index + 1, mask=index < EXPERTS, other=2147483647)
+        expert = tl.sum((ends <= tl.program_id(2)).to(tl.int32), axis=0)  # EXPERTS for rows without an expert
         live = row < tl.where(expert < EXPERTS, rows, 0)
         expert = tl.minimum(expert, EXPERTS - 1).to(tl.int64)
         words += expert * word_stride

@@ -233,7 +233,6 @@ class HpuLinear(LinearKernel):
 
 # ExLlamaV2's scratch memory on each device, shared by its layers and freed with the last of them.
 _scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
-_SCRATCH_SPARE = 256  # bytes; slices are rounded up to 128
 
 # GPTQModel's errors for an unsupported machine or layer: a missing module, an unsupported value, an extension that does
 # not compile.
@@ -277,7 +276,12 @@ class GptqmodelLinear(LinearKernel):
                     setattr(module, name, nn.Parameter(tensor, requires_grad=False))
                 elif name in module._buffers:
                     setattr(module, name, tensor)
-            self._scratch = _post_init(module, device)
+            self._scratch = None  # memory that must live as long as the module
+            if "scratch_space" in inspect.signature(module.post_init).parameters:
+                self._scratch = _scratch_of(module.temp_dq_size() + 256, device)  # slices are rounded up to 128 bytes
+                module.post_init(scratch_space=self._scratch)
+            else:
+                module.post_init()
         except _UNSUPPORTED_ERRORS as error:
             raise UnsupportedError(f"GPTQModel says: {_message(error)}") from error
         self._module = [module.eval()]  # not a submodule: it raises an error in training mode
@@ -358,18 +362,11 @@ def _select_kernel(
     )  # fmt: skip
 
 
-def _post_init(module: Any, device: torch.device) -> Any:
-    """Call the module's `post_init`. Returns scratch memory that must live as long as the module, or None."""
-    if "scratch_space" not in inspect.signature(module.post_init).parameters:
-        module.post_init()
-        return None
-    size = module.temp_dq_size()
-    scratch = _scratch.get(device)
-    if scratch is None or scratch.scratch_bytes < size + _SCRATCH_SPARE:
-        scratch = importlib.import_module("gptqmodel.utils.exllamav2").ScratchSpace(size + _SCRATCH_SPARE, device)
-        _scratch[device] = scratch
-    module.post_init(scratch_space=scratch)
-    return scratch
+def _scratch_of(size: int, device: torch.device) -> Any:
+    found = _scratch.get(device)
+    if found is None or found.scratch_bytes < size:
+        found = _scratch[device] = importlib.import_module("gptqmodel.utils.exllamav2").ScratchSpace(size, device)
+    return found
 
 
 def _message(error: object) -> str:
