@@ -127,6 +127,5 @@ def test_long_samples_are_counted_where_they_are_held(make: Callable[..., Any]) 
     many = dict(TUNED, dataset=IDS * 2, nsamples=64)
     few = make("llama", **TUNED).plan().memory_plan
     more = make("llama", **many).plan().memory_plan
-    assert more.ram - few.ram == 2 * few.activations
     spilled = make("llama", **many, max_memory=more.ram - 1).plan().memory_plan
-    assert spilled.ram == few.ram - 2 * few.activations
+    assert more.ram - few.ram == few.ram - spilled.ram == spilled.spilled // 2 > 0
