@@ -39,9 +39,8 @@ from torch.overrides import TorchFunctionMode
 from auto_round import AutoRound
 from auto_round.codecs.ggml.types import GGML_TYPES
 from auto_round.errors import AutoRoundError
-from auto_round.gguf.conversion import conversion_for
+from auto_round.gguf.conversion import GgufPlan, conversion_for
 from auto_round.gguf.file_types import FILE_TYPES
-from auto_round.gguf.plan import GgufPlan
 from auto_round.gguf.reader import GgufTensors
 from auto_round.modeling.blocks import is_conv1d
 

@@ -9,11 +9,4 @@ from auto_round.formats.base import (
     register_format,
 )
 
-__all__ = [
-    "OutputFormat",
-    "available_formats",
-    "formats_for_scheme",
-    "get_format",
-    "parse_formats",
-    "register_format",
-]
+__all__ = ["OutputFormat", "available_formats", "formats_for_scheme", "get_format", "parse_formats", "register_format"]

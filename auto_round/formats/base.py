@@ -1,8 +1,4 @@
-"""`OutputFormat`: how a format packs a layer and writes `quantization_config`, and the registry of all formats.
-
-`ExportPlan` describes the run before any tensor is written; `ModelRules` says how a format writes one model type, and
-`SizeRule` which sizes of layers its readers accept. A format picks the `Layout` of each layer.
-"""
+"""`OutputFormat`: how a format packs a layer and writes `quantization_config`, and the registry of all formats."""
 
 from __future__ import annotations
 
@@ -46,14 +42,10 @@ class ExportPlan:
         scheme: the default scheme.
         layers: the scheme of every linear layer by its full module name, unquantized layers included.
         block_names: module names of the decoder blocks, such as `model.layers.0`.
-        settings: settings of the run (`iters`, `nsamples`, ...); values that differ from the defaults are recorded.
-        version: of this package.
-        model_type: of the model's config, such as `llama`.
-        embeddings: module names of the embeddings, which stay unquantized.
-        other_matrices: other modules with a matrix as weight (routers, projections outside the blocks); unquantized.
+        settings: of the run (`iters`, `nsamples`, ...); values that differ from the defaults are recorded.
+        embeddings, other_matrices: unquantized modules: embeddings, and others with a matrix as weight (routers, ...).
         spare: modules that the checkpoint has and the model does not.
         patterns: regular expressions of the layer configuration, in order.
-        cache: static scales of the key-value cache, or None.
     """
 
     scheme: QuantizationScheme
@@ -134,11 +126,6 @@ class ModelRules:
     experts: str = ""
     config: tuple[tuple[str, str], ...] = ()
 
-    @property
-    def renames_tensors(self) -> bool:
-        """Whether any tensor is written under another name."""
-        return bool(self.renames or self.experts)
-
     def unquantized_reason(self, layer: str) -> str | None:
         """Why the layer must stay unquantized, or None."""
         return next((reason for pattern, reason in self.dense if re.search(pattern, layer)), None)
@@ -151,17 +138,9 @@ class ModelRules:
             name = re.sub(pattern, replacement, name)
         return name, int(expert["index"]) if expert else None
 
-    def with_config(self, values: dict[str, Any]) -> dict[str, Any]:
-        """A copy of config.json's values with the keys of `config` added."""
-        added = {key: values[other] for key, other in self.config if key not in values and other in values}
-        return {**values, **added}
-
     def module_name(self, layer: str) -> str:
         """The module name of a linear layer in the file."""
         return self.stored_as(f"{layer}.weight")[0].removesuffix(".weight")
-
-
-DEFAULT_RULES = ModelRules()
 
 
 @dataclass(frozen=True)
@@ -210,14 +189,10 @@ MARLIN = ("vLLM's Marlin kernels", SizeRule(128, 64, groups=(32, 64, 128)))
 
 
 class OutputFormat:
-    """One way to write a quantized model. Instances hold no state of a run.
-
-    A layer that `check_layer` refuses stays unquantized; the caller writes its original tensors.
-    """
+    """One way to write a quantized model, without state of a run. Layers that `check_layer` refuses are not packed."""
 
     name: str = ""  # set by `register_format`
-    # Whether the loader of `auto_round.inference` opens the files; saved files are then verified by opening them.
-    # Layers of other formats are verified with `unpack_layer`.
+    # Whether the loader of `auto_round.inference` opens the files; others are verified by `unpack_layer` after saving.
     loadable_here: ClassVar[bool] = True
     # Whether Transformers opens the files, and whether PyTorch has layers that run the packed weights.
     opens_in_transformers: ClassVar[bool] = True
@@ -302,12 +277,9 @@ class OutputFormat:
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, *,
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
-        """Shapes and dtypes of the tensors that `pack` returns for the layer `name`.
+        """Shapes and dtypes of the tensors that `pack` returns for the layer `name`; with `bias_dtype`, its bias too.
 
-        Args:
-            bias_dtype: dtype of the layer's bias, None when it has none.
-            model_dtype: dtype of the model's unquantized tensors.
-            transposed: the module stores its weight as [in, out].
+        `model_dtype`: of the model's unquantized tensors. `transposed`: the module stores its weight as [in, out].
         """
         specs = self.layout(scheme).specs(scheme, in_features, out_features, model_dtype)
         return _with_bias(name, specs, None if bias_dtype is None else ((out_features,), bias_dtype))
@@ -326,7 +298,7 @@ class OutputFormat:
 
     def rules(self, model_type: str) -> ModelRules:
         """How this format writes models of a type (`model_type` of their config)."""
-        return DEFAULT_RULES
+        return ModelRules()
 
     def config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """`quantization_config` for config.json, or None when the checkpoint is an ordinary unquantized one."""
@@ -358,22 +330,20 @@ _BUILT_IN = ("config_auto_round", "config_gptq", "config_compressed_tensors", "c
 _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
-def register_format(name: str) -> Callable[[_Format], _Format]:
-    """Class decorator: register a format as `name`; twice for two names. Raises ConfigError when the name is taken."""
+def register_format(name: str, *arguments: Any) -> Callable[[_Format], _Format]:
+    """Class decorator: register a format as `name`, made with these arguments; twice for two names.
+
+    Raises ConfigError when the name is taken.
+    """
 
     def decorate(cls: _Format) -> _Format:
-        add_format(name, cls())
+        if name in FORMATS:
+            raise ConfigError(f"format {name!r} is registered already, by {type(FORMATS[name]).__name__}")
+        FORMATS[name] = cls(*arguments)
+        FORMATS[name].name = name
         return cls
 
     return decorate
-
-
-def add_format(name: str, fmt: OutputFormat) -> None:
-    """Register an instance. Raises ConfigError when the name is taken."""
-    if name in FORMATS:
-        raise ConfigError(f"format {name!r} is registered already, by {type(FORMATS[name]).__name__}")
-    fmt.name = name
-    FORMATS[name] = fmt
 
 
 def available_formats() -> list[str]:

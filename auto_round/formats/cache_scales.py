@@ -55,7 +55,7 @@ def parse_cache_scheme(
     for what, dtype, granularity in (
         ("static_kv", kv_dtype, kv_granularity), ("static_attention", attention_dtype, attention_granularity),
     ):  # fmt: skip
-        if dtype is not None and _type_name(dtype) not in _DTYPES:
+        if dtype is not None and str(dtype).removeprefix("torch.").lower() not in _DTYPES:
             raise ConfigError(f"{what}_dtype={dtype!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
         if granularity not in _GRANULARITIES:
             raise ConfigError(f"{what}_granularity={granularity!r} is not allowed; use {' or '.join(_GRANULARITIES)}")
@@ -68,8 +68,4 @@ def parse_cache_scheme(
 
 def none_if_16_bits(value: Any) -> Any:
     """None for a 16-bit type, whose cache needs no scales; other values unchanged."""
-    return None if _type_name(value) in _SIXTEEN_BITS else value
-
-
-def _type_name(value: Any) -> str:
-    return str(value).removeprefix("torch.").lower()
+    return None if str(value).removeprefix("torch.").lower() in _SIXTEEN_BITS else value

@@ -28,10 +28,9 @@ class _NumberType:
     """One type of numbers in the library's words.
 
     Attributes:
-        formats: the library's names of the layout of weights alone, and of weights with quantized inputs.
+        formats, layouts: of weights alone, and with quantized inputs: the library's names, and as packed here.
         kind, strategy, scale_dtype: values of its `QuantizationArgs`; the strategy of groups.
         group: the only group size, or None for any.
-        layouts: the same two, as this package packs them.
     """
 
     formats: tuple[str, str]
@@ -66,19 +65,14 @@ _TYPES = {
 }
 
 
-def _type_of(part: QuantizationScheme | ActivationScheme) -> _NumberType | None:
-    """The library's type of weights or activations, or None where it has none."""
+def _key(part: QuantizationScheme | ActivationScheme) -> tuple[str, str | None]:
     codec = codec_of(part)
-    return _TYPES.get((codec.family, codec.element))
+    return codec.family, codec.element
 
 
-def _input_arguments(inputs: ActivationScheme | None) -> dict[str, Any] | None:
+def _input_arguments(inputs: ActivationScheme) -> dict[str, Any]:
     """The group's `input_activations`."""
-    if inputs is None:
-        return None
-    kind = _type_of(inputs)
-    assert kind is not None
-    found = kind.arguments(inputs, inputs.group_size if inputs.dynamic else 0)
+    found = _TYPES[_key(inputs)].arguments(inputs, inputs.group_size if inputs.dynamic else 0)
     if found["strategy"] == "channel":
         found["strategy"] = "token"
     if inputs.has_global_scale:  # group scales are computed from each input, relative to a fixed global scale
@@ -115,8 +109,7 @@ class CompressedTensorsFormat(OutputFormat):
     sizes: ClassVar[Mapping[str, SizeRule]] = _SIZES
 
     def layout(self, scheme: QuantizationScheme) -> Layout:
-        kind = _type_of(scheme)
-        return PACKED_INT if kind is None else kind.layouts[scheme.quantizes_activations]
+        return _TYPES[_key(scheme)].layouts[scheme.quantizes_activations]
 
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
         inputs = scheme.activations
@@ -124,7 +117,7 @@ class CompressedTensorsFormat(OutputFormat):
         parts += [] if inputs is None else [("activations", inputs)]
         groups = []
         for what, part in parts:
-            if (kind := _type_of(part)) is None:
+            if (kind := _TYPES.get(_key(part))) is None:
                 return (
                     f"compressed-tensors has no {what} of data type {part.data_type!r} in groups of {part.group_size}"
                 )
@@ -162,11 +155,10 @@ class CompressedTensorsFormat(OutputFormat):
         groups: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name in plan.quantized_layers():
             scheme = plan.layers[name]
-            kind = _type_of(scheme)
-            assert kind is not None
+            kind, inputs = _TYPES[_key(scheme)], scheme.activations
             group = {
-                "format": kind.formats[scheme.quantizes_activations],
-                "input_activations": _input_arguments(scheme.activations), "output_activations": None,
+                "format": kind.formats[inputs is not None],
+                "input_activations": None if inputs is None else _input_arguments(inputs), "output_activations": None,
                 "weights": kind.arguments(scheme, self.layout(scheme).group_size(scheme)),
             }  # fmt: skip
             groups.setdefault(repr(group), (group, []))[1].append(name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from auto_round.formats.base import DEFAULT_RULES, ExportPlan, ModelRules, OutputFormat, SizeRule, register_format
+from auto_round.formats.base import ExportPlan, ModelRules, OutputFormat, SizeRule, register_format
 from auto_round.formats.config_auto_round import LayoutFormat
 from auto_round.layouts.base import Layout
 from auto_round.layouts.integers import MLX
@@ -48,23 +48,12 @@ MLX_FAMILIES: dict[str, ModelRules] = {
 }  # fmt: skip
 
 
-def mlx_rules(model_type: str) -> ModelRules:
-    """Rules for a model type; an untested type is written under Transformers' names, with a note."""
-    if model_type in MLX_FAMILIES:
-        return MLX_FAMILIES[model_type]
-    known = ", ".join(sorted(t for t, rules in MLX_FAMILIES.items() if rules.refused is None))
-    return ModelRules(
-        note=f"format mlx: models of type {model_type!r} were not tried in mlx-lm; names are written as Transformers "
-        f"has them (tried: {known})"
-    )
-
-
 def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     """A copy of a config's values with the keys before Transformers 5 beside `rope_parameters`, unless present: mlx-lm
     reads no others."""
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, dict):
-        return values
+        return dict(values)
     added: dict[str, Any] = {}
     if isinstance(parameters.get("full_attention"), dict):  # Gemma 3
         added["rope_local_base_freq"] = (parameters.get("sliding_attention") or {}).get("rope_theta")
@@ -91,11 +80,11 @@ def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any]:
     return result | {rules.module_name(name): values(scheme) for name, scheme in plan.layers.items()}
 
 
-def drop_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
+def _without_prediction_layers(values: dict[str, Any]) -> dict[str, Any]:
     """config.json's values without multi-token prediction layers, whose tensors mlx-lm would reject as unknown."""
-    cut = {key: 0 for key in _PREDICTION_LAYERS if values.get(key)}
-    parts = {k: drop_prediction_layers(v) for k, v in values.items() if k == "text_config" and isinstance(v, dict)}
-    return {**values, **parts, **cut}
+    text = values.get("text_config")
+    parts = {"text_config": _without_prediction_layers(text)} if isinstance(text, dict) else {}
+    return {**values, **parts, **{key: 0 for key in _PREDICTION_LAYERS if values.get(key)}}
 
 
 @register_format("mlx")
@@ -113,16 +102,24 @@ class MlxFormat(OutputFormat):
         return MLX
 
     def rules(self, model_type: str) -> ModelRules:
-        return mlx_rules(model_type)
+        """An untested type is written under Transformers' names, with a note."""
+        known = ", ".join(sorted(t for t, rules in MLX_FAMILIES.items() if rules.refused is None))
+        untested = ModelRules(
+            note=f"format mlx: models of type {model_type!r} were not tried in mlx-lm; names are written as "
+            f"Transformers has them (tried: {known})"
+        )
+        return MLX_FAMILIES.get(model_type, untested)
 
     def quantization_config(self, plan: ExportPlan, default: QuantizationScheme) -> dict[str, Any] | None:
         return mlx_quantization(plan, self.rules(plan.model_type))
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
-        values = self.rules(plan.model_type).with_config(with_legacy_rope(values))
+        values = with_legacy_rope(values)
+        keys = self.rules(plan.model_type).config
+        values |= {key: values[other] for key, other in keys if key not in values and other in values}
         quantization = self.config(plan)
         own = {} if quantization is None else {"quantization": quantization, "quantization_config": quantization}
-        return (drop_prediction_layers(values) if plan.spare else values) | own
+        return (_without_prediction_layers(values) if plan.spare else values) | own
 
 
 @register_format("auto_round:mlx")
@@ -141,4 +138,4 @@ class AutoRoundMlxFormat(LayoutFormat):
 
     def model_config(self, values: dict[str, Any], plan: ExportPlan) -> dict[str, Any]:
         values = with_legacy_rope(super().model_config(values, plan))
-        return values | {"quantization": mlx_quantization(plan, DEFAULT_RULES)} if plan.quantized_layers() else values
+        return values | {"quantization": mlx_quantization(plan, ModelRules())} if plan.quantized_layers() else values

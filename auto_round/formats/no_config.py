@@ -6,9 +6,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from auto_round.codecs.ggml.types import GGML_TYPES, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType, ggml_type_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import OutputFormat, TensorSpecs, add_format, register_format
+from auto_round.errors import UnsupportedError
+from auto_round.formats.base import OutputFormat, TensorSpecs, register_format
 from auto_round.gguf.file_types import FILE_TYPES
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
@@ -30,23 +31,26 @@ class GgufFormat(OutputFormat):
         self.file_type, self.preset = file_type, file_type.upper()
         self.scheme = PRESET_SCHEMES[f"GGUF:{self.preset}"]  # of most layers
 
+    def _type_of(self, scheme: QuantizationScheme) -> GgmlType:
+        if (kind := ggml_type_of(scheme)) is None:
+            names = ", ".join(GGML_TYPES)
+            raise UnsupportedError(f"no GGUF type stores it; the types are {names}, such as scheme GGUF:{self.preset}")
+        return kind
+
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
-        if ggml_type_of(scheme) is not None:
-            return None
-        return f"no GGUF type stores it; the types are {', '.join(GGML_TYPES)}, such as scheme GGUF:{self.preset}"
+        self._type_of(scheme)
+        return None
 
     def check_layer(self, scheme: QuantizationScheme, in_features: int, out_features: int) -> str | None:
-        kind = ggml_type_of(scheme)
-        if kind is not None and in_features % kind.block:
+        kind = self._type_of(scheme)
+        if in_features % kind.block:
             return f"{in_features} inputs do not fill blocks of {kind.block}, which {kind.name} needs"
         return None
 
     def tensor_specs(
         self, name: str, scheme: QuantizationScheme, in_features: int, out_features: int, **dense: Any
     ) -> TensorSpecs:
-        kind = ggml_type_of(scheme)
-        assert kind is not None
-        return {f"{name}.weight": ((out_features, kind.row_bytes(in_features)), torch.uint8)}
+        return {f"{name}.weight": ((out_features, self._type_of(scheme).row_bytes(in_features)), torch.uint8)}
 
     def suggested_for(self, scheme: QuantizationScheme) -> bool:
         return scheme == self.scheme
@@ -57,7 +61,7 @@ class GgufFormat(OutputFormat):
 
 
 for _file_type in FILE_TYPES:
-    add_format(f"gguf:{_file_type}", GgufFormat(_file_type))
+    register_format(f"gguf:{_file_type}", _file_type)(GgufFormat)
 
 
 @register_format("fake")

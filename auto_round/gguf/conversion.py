@@ -1,19 +1,22 @@
-"""Convert one Transformers model to GGUF: tensor names, shapes, row order and the keys of its architecture."""
+"""Convert one Transformers model to GGUF: tensor names, shapes, row order and keys; and the plan of the whole file."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from auto_round.errors import ModelError, UnsupportedError
-from auto_round.gguf.families import find_family
+from auto_round.errors import ConfigError, ModelError, UnsupportedError, nearest
+from auto_round.gguf.families import FAMILIES
 from auto_round.gguf.family import Family, HfConfig, Placement
-from auto_round.gguf.metadata import KeyValue, gguf_package, key_value
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, fallback_notes, tensor_bytes, tensor_types
+from auto_round.gguf.metadata import KeyValue, general_metadata, gguf_package, key_value
+from auto_round.gguf.vocab import vocabulary_for
 
 Shapes = Mapping[str, tuple[int, ...]]
 # Buffers in some checkpoints that llama.cpp does not use.
@@ -32,13 +35,7 @@ _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 @dataclass(frozen=True)
 class Conversion:
-    """How one model becomes a GGUF file. Made by `conversion_for`.
-
-    Attributes:
-        family: rules of its model family.
-        settings: the model's configuration.
-        sources: shapes of the source tensors by name (a Conv1D's weight as [out, in]).
-    """
+    """How one model becomes a GGUF file. `sources`: shapes of its tensors by name (a Conv1D's weight as [out, in])."""
 
     family: Family
     settings: HfConfig
@@ -48,11 +45,6 @@ class Conversion:
     def arch(self) -> str:
         """llama.cpp's name of the architecture."""
         return self.family.arch
-
-    @property
-    def notes(self) -> list[str]:
-        """Differences in llama.cpp, for the user."""
-        return [text for holds, text in self.family.notes if holds(self.settings)]
 
     @cached_property
     def _names(self) -> Any:
@@ -65,7 +57,7 @@ class Conversion:
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
     def place(self, name: str) -> list[Placement]:
-        """Placements of the source tensor `name` (a Conv1D's weight as [out, in]); none for a skipped one.
+        """Placements of the source tensor `name`; none for a skipped one.
 
         Raises UnsupportedError for a tensor that the family does not have.
         """
@@ -101,9 +93,7 @@ class Conversion:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order.
 
-        Raises:
-            UnsupportedError: the architecture has no tensor for a source.
-            ModelError: parts of a tensor are missing, or have different shapes.
+        Raises ModelError when parts of a tensor are missing, or have different shapes, and what `place` raises.
         """
         parts: dict[str, list[tuple[str, Placement, tuple[int, ...]]]] = {}
         for source, shape in self.sources.items():
@@ -157,8 +147,108 @@ def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
         ModelError: a configuration value or tensors are missing.
     """
     settings = HfConfig.of(config)
-    family = find_family(settings)
+    kind = settings.model_type
+    if kind not in FAMILIES:
+        raise UnsupportedError(
+            f"models of type {kind!r} cannot be written as GGUF{nearest(kind, FAMILIES)} Types that can: "
+            f"{', '.join(sorted(FAMILIES))}"
+        )
+    for assumption in FAMILIES[kind].assumes:
+        if not assumption.holds(settings):
+            raise UnsupportedError(f"this {kind} model cannot be written as GGUF: {assumption.otherwise}")
+    if settings.blocks < 1 or settings.hidden < 1:
+        raise ModelError(f"config.json of type {kind!r} has no layers or no width")
     gguf_package()
-    conversion = Conversion(family, settings, dict(sources or {}))
+    conversion = Conversion(FAMILIES[kind], settings, dict(sources or {}))
     _ = conversion.tensors  # validates all placements
     return conversion
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """Tensors and metadata of one file.
+
+    Attributes:
+        places: placements of every source tensor, by its name in the run; none for a skipped one.
+        shapes, types: of every tensor of the file, by its name there, in the file's order.
+        metadata: key values of the model and its tokenizer.
+        notes: differences from the file type's rules and from Transformers, for the user.
+    """
+
+    file_type: str
+    conversion: Conversion
+    places: Mapping[str, tuple[Placement, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    types: Mapping[str, str]
+    metadata: tuple[KeyValue, ...]
+    notes: tuple[str, ...]
+
+    def type_of(self, source: str) -> str | None:
+        """The type of the file's tensor that holds the source tensor, None for a skipped or unknown one."""
+        places = self.places.get(source)
+        return self.types[places[0].tensor] if places else None
+
+    def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
+        """The plan with other types for some source tensors.
+
+        Raises ConfigError when parts of one tensor (stacked experts) are given different types.
+        """
+        found: dict[str, tuple[str, str]] = {}
+        for source, kind in wanted.items():
+            for place in self.places[source]:
+                first = found.setdefault(place.tensor, (kind, source))
+                if first[0] != kind:
+                    raise ConfigError(
+                        f"layers {first[1]} and {source} are parts of one GGUF tensor, {place.tensor}, and cannot be "
+                        f"{first[0]} and {kind}; give both one type in layer_config"
+                    )
+        return replace(self, types={**self.types, **{name: kind for name, (kind, _) in found.items()}})
+
+    def nbytes(self) -> int:
+        """Bytes of the file: the header, and tensors aligned to 32 bytes."""
+        tensors = sum(-(-tensor_bytes(self.types[n], shape) // 32) * 32 for n, shape in self.shapes.items())
+        infos = sum(8 + len(n.encode()) + 4 + 8 * len(shape) + 4 + 8 for n, shape in self.shapes.items())
+        arch = 8 + len("general.architecture") + 4 + 8 + len(self.conversion.arch)
+        header = 24 + arch + sum(pair.nbytes() for pair in self.metadata) + infos
+        return tensors + -(-header // 32) * 32
+
+
+def plan_file(
+    file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str], tokenizer: Any, config: Any,
+    folder: str | Path | None = None, name: str = "",
+) -> GgufPlan:  # fmt: skip
+    """Place every tensor of the model, choose its type, and make the file's metadata.
+
+    Args:
+        file_type: a key of `file_types.FILE_TYPES`.
+        conversion: made with the shapes of the model's tensors.
+        with_importance: whether an importance matrix is used, on which a few of llama.cpp's choices depend.
+        tied: names that share another tensor's storage and are not stored.
+        tokenizer, config: of Transformers.
+        folder, name: of the model, as given by the user.
+
+    Raises:
+        UnsupportedError: the architecture has no tensor for a source, or llama.cpp has no such tokenizer.
+        ModelError: there is no tokenizer, or it does not fit the embedding.
+    """
+    shapes, keys = conversion.tensors, conversion.metadata()
+    sizes = {pair.key.partition(".")[2]: pair.value for pair in keys}
+    heads = sizes["attention.head_count"]
+    dimensions = ModelDimensions(
+        sizes["block_count"], heads, sizes.get("attention.head_count_kv", heads), sizes.get("expert_count", 0)
+    )
+    types, fallbacks = tensor_types(file_type, conversion.arch, list(shapes.items()), dimensions, with_importance)
+    if tokenizer is None:
+        raise ModelError(
+            "a GGUF file holds the tokenizer, and this model has none; give tokenizer=..., or add its files"
+        )
+    vocabulary = vocabulary_for(tokenizer, shapes["token_embd.weight"][0], config, folder)
+    number = FILE_TYPES[file_type].number
+    general = general_metadata(conversion.arch, shapes, number, folder=folder, name=name)
+    notes = [text for holds, text in conversion.family.notes if holds(conversion.settings)]
+    return GgufPlan(
+        file_type, conversion,
+        {**{source: tuple(conversion.place(source)) for source in conversion.sources}, **dict.fromkeys(tied, ())},
+        shapes, types, (*general, *keys, *vocabulary.metadata),
+        (*notes, *fallback_notes(types, fallbacks), *vocabulary.notes),
+    )  # fmt: skip

@@ -1,24 +1,39 @@
-"""Data types of a GGUF model family: config values, tensor placements, metadata keys, rules, assumptions.
-
-`families/` holds one `Family` for each group of model types. `HfConfig` reads configs of every Transformers version. A
-`Placement` maps rows of a source tensor to a GGUF tensor.
-"""
+"""Data types of a GGUF model family: config values, tensor placements, metadata keys, rules, assumptions."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 
 
+def _size(*names: str, default: Callable[[HfConfig], int] | None = None) -> property:
+    """A property: the size, shared by all layers, under the first of `names` that has a value.
+
+    Raises ModelError when none has one and there is no default, UnsupportedError when it varies by layer.
+    """
+
+    def size(self: HfConfig) -> int:
+        value = self.need(*names) if default is None else self.get(*names, default=default(self))
+        found = set(value) if isinstance(value, (list, tuple)) else {value}
+        if len(found) != 1:
+            raise UnsupportedError(
+                f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which is not "
+                "supported for GGUF; use --format auto_round"
+            )
+        return int(found.pop())
+
+    return property(size)
+
+
 @dataclass(frozen=True)
 class HfConfig:
-    """The values of a configuration. Values that are None count as absent."""
+    """The values of a configuration, of any version of Transformers. Values that are None count as absent."""
 
     values: Mapping[str, Any]
 
@@ -44,45 +59,16 @@ class HfConfig:
     def model_type(self) -> str:
         return str(self.values.get("model_type", ""))
 
-    @property
-    def blocks(self) -> int:
-        return self._number(self.need("num_hidden_layers", "n_layer", "n_layers"))
-
-    @property
-    def hidden(self) -> int:
-        return self._number(self.need("hidden_size", "n_embd"))
-
-    @property
-    def heads(self) -> int:
-        return self._number(self.need("num_attention_heads", "n_head"))
-
-    @property
-    def kv_heads(self) -> int:
-        return self._number(self.get("num_key_value_heads", default=self.heads))
-
-    @property
-    def head_dim(self) -> int:
-        return self._number(self.get("head_dim", default=self.hidden // self.heads))
-
-    @property
-    def experts(self) -> int:
-        """Number of routed experts; 0 in a dense model."""
-        return self._number(self.get("num_local_experts", "num_experts", "n_routed_experts", default=0))
-
-    def _number(self, value: Any) -> int:
-        """A size shared by all layers. Raises UnsupportedError when it varies by layer."""
-        found = {value} if not isinstance(value, (list, tuple)) else set(value)
-        if len(found) != 1:
-            raise UnsupportedError(
-                f"config.json of model type {self.model_type!r} gives a size by layer ({value!r}), which is not "
-                "supported for GGUF; use --format auto_round"
-            )
-        return int(found.pop())
+    blocks = _size("num_hidden_layers", "n_layer", "n_layers")
+    hidden = _size("hidden_size", "n_embd")
+    heads = _size("num_attention_heads", "n_head")
+    kv_heads = _size("num_key_value_heads", default=lambda s: s.heads)
+    head_dim = _size("head_dim", default=lambda s: s.hidden // s.heads)
+    experts = _size("num_local_experts", "num_experts", "n_routed_experts", default=lambda s: 0)
 
     @property
     def tied(self) -> bool:
-        """Whether the head shares the embedding's weight."""
-        return bool(self.get("tie_word_embeddings", default=False))
+        return bool(self.get("tie_word_embeddings"))
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -111,12 +97,12 @@ class HfConfig:
 class Placement:
     """A GGUF tensor, or a part of one, that is made from a source tensor or some of its rows.
 
-    Attributes, in the order in which they apply. Without `edit` the source can be quantized before its rows are placed.
+    Attributes:
         tensor: name in the file, such as "blk.0.attn_q.weight".
-        edit: changes the values or the shape of an unquantized tensor.
         rows: int64 [n], the source's rows in the target's order; None for all in their order.
         slot: index in the target's leading dimension, where experts or heads are stacked.
         at_row: first row in the target, where several sources are concatenated by rows.
+        edit: changes the values or the shape first; without it, packed rows of the quantized source can be placed.
     """
 
     tensor: str
@@ -126,24 +112,21 @@ class Placement:
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def cut(self, source: torch.Tensor) -> torch.Tensor:
-        """The part of the target made from `source`, after `edit` and `rows`; a view where possible."""
+        """The part of the target made from `source`; a view where possible."""
         found = source if self.edit is None else self.edit(source)
         return found if self.rows is None else found[self.rows.to(found.device)]
 
 
-PlacementFunction = Callable[[HfConfig, re.Match[str]], list[Placement]]
 _CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bool": bool, "string": str}
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key of the file.
+class Key(NamedTuple):
+    """One key of the file; without a value it is not written.
 
     Attributes:
         name: without the architecture, such as "block_count".
         kind: its type, such as "uint32".
-        source: names in the configuration, of which the first with a value counts, or a function. A key without a value
-            is not written.
+        source: names in the configuration, of which the first with a value counts, or a function.
     """
 
     name: str
@@ -162,16 +145,14 @@ class Key:
         return [cast(item) for item in found] if isinstance(found, (list, tuple)) else cast(found)
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """Placements of source tensors whose full name matches `pattern`; others are only renamed."""
 
     pattern: str
-    place: PlacementFunction
+    place: Callable[[HfConfig, re.Match[str]], list[Placement]]
 
 
-@dataclass(frozen=True)
-class Assumption:
+class Assumption(NamedTuple):
     """An assumption of llama.cpp's architecture; models that violate it are rejected with the message `otherwise`."""
 
     holds: Callable[[HfConfig], bool]

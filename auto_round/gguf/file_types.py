@@ -64,13 +64,7 @@ _DEPTH_OF_70B = {"llama": 80, "qwen2": 80, "deci": 80, "olmo": 80, "jais2": 68}
 
 
 class ModelDimensions(NamedTuple):
-    """Sizes of a model, from its metadata.
-
-    Attributes:
-        n_layer: blocks, including those for multi-token prediction.
-        n_head, n_head_kv: query heads and key-value heads of the first block.
-        n_expert: routed experts of a block, 0 in a dense model.
-    """
+    """Blocks of a model (with those for multi-token prediction), query and key-value heads, and experts of a block."""
 
     n_layer: int
     n_head: int
@@ -83,38 +77,8 @@ class ModelDimensions(NamedTuple):
         return self.n_head // self.n_head_kv if self.n_head_kv else 0
 
 
-class TensorTypes(dict[str, str]):
-    """The type of every tensor by its name.
-
-    Attributes:
-        fallbacks: {tensor: type by the rules} where its rows do not divide into blocks of that type.
-    """
-
-    def __init__(self, types: Mapping[str, str], fallbacks: Mapping[str, str]) -> None:
-        super().__init__(types)
-        self.fallbacks = fallbacks
-
-    def notes(self) -> list[str]:
-        """One message for each kind of fallback."""
-        names: dict[tuple[str, str], list[str]] = {}
-        for name, meant in self.fallbacks.items():
-            names.setdefault((meant, self[name]), []).append(name)
-        lines = []
-        for (meant, given), (first, *others) in names.items():
-            which = f"{len(others) + 1} tensors ({first}, ...) are" if others else f"1 tensor ({first}) is"
-            rows = f"{'their' if others else 'its'} rows are no multiple of {GGML_TYPES[meant].block}"
-            lines.append(f"{which} {given} instead of {meant}: {rows}")
-        return lines
-
-
 class _Tensor(NamedTuple):
-    """Input of a rule.
-
-    Attributes:
-        role: `v`, `k`, `o`, `down`, `output`, `embedding` or an empty string.
-        place: number of preceding tensors of this role; the block, for `down` in a model with experts.
-        total: tensors of the role; blocks, for `down`.
-    """
+    """Input of a rule: one of `total` tensors of a role (of blocks, for `down`), and the number of those before it."""
 
     name: str
     role: str
@@ -182,15 +146,13 @@ _OUT_EIGHT_EXPERTS = dict.fromkeys(("q2_k", "q3_k_s", "q3_k_m", "q4_k_s", "q4_k_
 def tensor_types(
     name: str, arch: str, tensors: Sequence[tuple[str, Sequence[int]]], sizes: ModelDimensions,
     importance: bool = False,
-) -> TensorTypes:  # fmt: skip
-    """The type of each tensor in a file of type `name`.
+) -> tuple[dict[str, str], dict[str, str]]:  # fmt: skip
+    """The type of each tensor in a file of type `name`; the type by the rules where rows do not fill its blocks.
 
     Args:
-        name: one of `FILE_TYPES`.
         arch: llama.cpp's name of the architecture.
         tensors: (name in the file, shape in torch's order); [experts, out, in] for stacked experts. Without an
             `output.weight`, the token embedding is the head and gets the head's type.
-        sizes: of the model.
         importance: whether an importance matrix is used.
     """
     roles = {tensor: next((role for part, role in _ROLES if part in tensor), "") for tensor, _ in tensors}
@@ -212,7 +174,20 @@ def tensor_types(
         types[tensor] = fallback_type(meant, int(shape[-1]))
         if types[tensor] != meant:
             fallbacks[tensor] = meant
-    return TensorTypes(types, fallbacks)
+    return types, fallbacks
+
+
+def fallback_notes(types: Mapping[str, str], fallbacks: Mapping[str, str]) -> list[str]:
+    """One message for each kind of fallback that `tensor_types` found."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, meant in fallbacks.items():
+        names.setdefault((meant, types[name]), []).append(name)
+    lines = []
+    for (meant, given), (first, *others) in names.items():
+        which = f"{len(others) + 1} tensors ({first}, ...) are" if others else f"1 tensor ({first}) is"
+        rows = f"{'their' if others else 'its'} rows are no multiple of {GGML_TYPES[meant].block}"
+        lines.append(f"{which} {given} instead of {meant}: {rows}")
+    return lines
 
 
 def quantizable(name: str, shape: Sequence[int]) -> bool:

@@ -1,8 +1,4 @@
-"""Key values of a GGUF file with their types, and the `general.*` keys (name, size label, file type).
-
-The `gguf` package finds name, authors, licence and the like from the model card, the configuration and the name of the
-folder or repository, so they equal those of files made by llama.cpp.
-"""
+"""Key values of a GGUF file with their types, and the `general.*` keys (name, size label, file type)."""
 
 from __future__ import annotations
 
@@ -25,14 +21,8 @@ def gguf_package() -> Any:
 
 
 class KeyValue(NamedTuple):
-    """One key value: the arguments of `gguf.GGUFWriter.add_key_value`.
-
-    Attributes:
-        key: full key, such as "llama.block_count".
-        value: a number, text, bool, or a list of them.
-        kind: a `gguf.GGUFValueType`.
-        item_kind: the type of a list's items; None for anything else.
-    """
+    """The arguments of `gguf.GGUFWriter.add_key_value`: `kind` is a `gguf.GGUFValueType`, `item_kind` that of the items
+    of a list."""
 
     key: str
     value: Any
@@ -75,13 +65,13 @@ def general_metadata(
     arch: str, tensors: Mapping[str, tuple[int, ...]], file_type: int, *, folder: str | Path | None = None,
     name: str = "",
 ) -> list[KeyValue]:  # fmt: skip
-    """The keys general.*.
+    """The keys general.*, as the `gguf` package finds them for llama.cpp from the model's card, configuration and name.
 
     Args:
         arch: llama.cpp's name of the architecture.
         tensors: shapes of all tensors of the file.
         file_type: a `gguf.LlamaFileType`.
-        folder: of the model, with its README.md, config.json and generation_config.json; or None.
+        folder: with the model's README.md, config.json and generation_config.json; or None.
         name: as given by the user: a folder, or an id such as "org/Model-7B".
     """
     gguf = gguf_package()

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 import struct
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -29,8 +28,7 @@ _TYPE_NAMES = {
 _MOST_DIMENSIONS = 4
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Shape in torch's order, type (`Q4_K`, `F32`), first byte in the file and number of bytes of a tensor."""
 
     shape: tuple[int, ...]
@@ -39,8 +37,7 @@ class TensorInfo:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class GgufHeader:
+class GgufHeader(NamedTuple):
     """Key values (lists for arrays) and tensor infos by name, in the file's order."""
 
     values: dict[str, Any]

@@ -103,7 +103,7 @@ def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: Model
     if fmt.checkpoint_names:
         return _Planner(fmt, layers, source, specs).layout()
     rules = fmt.rules(str(getattr(source.config, "model_type", "")))
-    targets = stacked_targets(specs, rules) if rules.renames_tensors else _fused_targets(source.model, specs)
+    targets = stacked_targets(specs, rules) if rules.renames or rules.experts else _fused_targets(source.model, specs)
     tensors: TensorSpecs = {}
     for name, (shape, dtype) in specs.items():
         target = targets.get(name)

@@ -20,10 +20,10 @@ from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import ConfigError, DataError, NumericsError
 from auto_round.formats.base import OutputFormat
 from auto_round.formats.no_config import GgufFormat
-from auto_round.gguf.conversion import conversion_for
+from auto_round.gguf.conversion import GgufPlan, conversion_for, plan_file
 from auto_round.gguf.family import Placement
 from auto_round.gguf.file_types import FLOAT_TYPES, TYPE_OF_BITS, fallback_type
-from auto_round.gguf.plan import GgufPlan, plan_file
+from auto_round.gguf.metadata import size_label
 from auto_round.gguf.reader import GgufTensors
 from auto_round.layer_config import matching_layers, scheme_from_entry
 from auto_round.logger import logger
@@ -193,7 +193,7 @@ class GgufRules(LayerRules):
 def gguf_file_name(model: str, plan: GgufPlan) -> str:
     """Name of the file of a model."""
     base_name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model.rstrip("/\\")).name or "model")
-    return f"{base_name}-{plan.size_label}-{plan.file_type.upper()}.gguf"
+    return f"{base_name}-{size_label(plan.shapes)}-{plan.file_type.upper()}.gguf"
 
 
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:
@@ -260,7 +260,8 @@ class GgufFileWriter(FileOutput):
 
     def _open(self, records: Records | None = None) -> GgufFile:
         plan = self.plan
-        return GgufFile(self.path, plan.conversion.arch, plan.metadata, plan.tensors(), records)
+        tensors = [(name, shape, plan.types[name]) for name, shape in plan.shapes.items()]
+        return GgufFile(self.path, plan.conversion.arch, plan.metadata, tensors, records)
 
     def _start(self) -> None:
         self.writer, self._written = self._open(), set()

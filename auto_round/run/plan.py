@@ -29,7 +29,7 @@ from auto_round.run.settings import Settings
 from auto_round.schemes import QuantizationScheme
 
 if TYPE_CHECKING:
-    from auto_round.gguf.plan import GgufPlan
+    from auto_round.gguf.conversion import GgufPlan
 
 _TOWERS = ("vision_config", "audio_config")
 _SHOWN = 40  # layers that differ from the default scheme

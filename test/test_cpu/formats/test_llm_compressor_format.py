@@ -14,7 +14,7 @@ from auto_round.algorithms.base import LayerTask
 from auto_round.algorithms.quantization.rtn.quantizer import quantize_layer
 from auto_round.codecs.activation import ActivationQuantizer
 from auto_round.codecs.quantized_layer import QuantizedLayer
-from auto_round.formats.base import ExportPlan, get_format
+from auto_round.formats.base import ExportPlan, ModelRules, get_format
 from auto_round.formats.config_compressed_tensors import PackedInt8Format, name_patterns
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
@@ -199,7 +199,7 @@ def test_configs_use_the_names_of_the_plan() -> None:
     assert found["ignore"] == ["lm_head", r"re:.*model\.layers\.\d+\.block_sparse_moe\.gate$"]
     targets = [group["targets"] for group in found["config_groups"].values()]
     assert targets[0] == [r"re:.*model\.layers\.\d+\.block_sparse_moe\.experts\.\d+\.w3$"]
-    assert not get_format("llm_compressor").rules("mixtral").renames_tensors
+    assert get_format("llm_compressor").rules("mixtral") == ModelRules()
 
 
 def test_nothing_quantized_has_no_config() -> None:

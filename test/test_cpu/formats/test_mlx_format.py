@@ -11,7 +11,7 @@ import torch
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.formats.base import ExportPlan, ModelRules, get_format, require_scheme
-from auto_round.formats.config_mlx import MLX_FAMILIES, mlx_rules, with_legacy_rope
+from auto_round.formats.config_mlx import MLX_FAMILIES, with_legacy_rope
 from auto_round.schemes import PRESET_SCHEMES
 from auto_round.schemes import QuantizationScheme as Scheme
 
@@ -109,6 +109,10 @@ def test_a_dense_model_gets_no_quantization() -> None:
         assert values == {"a": 1}
 
 
+def mlx_rules(model_type: str) -> ModelRules:
+    return get_format("mlx").rules(model_type)
+
+
 def test_names_in_mlx_lm() -> None:
     rules = mlx_rules("mixtral")
     assert rules.stored_as("model.layers.3.mlp.experts.12.up_proj.scales") == (
@@ -117,7 +121,7 @@ def test_names_in_mlx_lm() -> None:
     assert rules.stored_as("model.layers.3.mlp.gate.weight") == ("model.layers.3.block_sparse_moe.gate.weight", None)
     assert mlx_rules("qwen3_moe").module_name("l.0.mlp.experts.1.up_proj") == "l.0.mlp.switch_mlp.up_proj"
     assert mlx_rules("llama").stored_as("a.experts.0.b") == ("a.experts.0.b", None)
-    assert not mlx_rules("llama").renames_tensors and mlx_rules("llama").note is None
+    assert mlx_rules("llama") == ModelRules()
     assert "'gpt9' were not tried" in str(mlx_rules("gpt9").note)
     assert all(rules.refused is None or rules.note is None for rules in MLX_FAMILIES.values())
 

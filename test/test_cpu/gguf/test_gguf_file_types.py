@@ -11,7 +11,7 @@ import gguf
 import pytest
 
 from auto_round.codecs.ggml.types import GGML_TYPES
-from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, quantizable, tensor_types
+from auto_round.gguf.file_types import FILE_TYPES, ModelDimensions, fallback_notes, quantizable, tensor_types
 
 EXPECTED: dict[str, Any] = json.loads(Path(__file__).with_name("llama_types.json").read_text(encoding="utf-8"))
 LETTERS: dict[str, str] = EXPECTED.pop("letters")
@@ -41,10 +41,10 @@ def test_types_are_those_of_llama_quantize(name: str) -> None:
             runs = model["types"].get(kind + "+importance" * importance, model["types"][kind])
             want = dict(zip([tensor for tensor, _ in tensors], unpacked(runs), strict=True))
             for order in (tensors, tensors[::-1]):
-                found = tensor_types(kind, model["arch"], order, facts, importance)
+                found, fallbacks = tensor_types(kind, model["arch"], order, facts, importance)
                 assert found == want, f"{kind}, importance {importance}"
                 assert list(found) == [tensor for tensor, _ in order]
-            for tensor, meant in found.fallbacks.items():
+            for tensor, meant in fallbacks.items():
                 assert dict(tensors)[tensor][-1] % GGML_TYPES[meant].block
 
 
@@ -75,18 +75,17 @@ def test_the_mixture_for_experts() -> None:
         ("blk.0.ffn_down_exps.weight", (4, 2, 256)), ("blk.0.ffn_down_shexp.weight", (2, 256)),
         ("blk.0.ffn_gate_inp.weight", (4, 256)), ("blk.0.attn_norm.weight", (256,)),
     ]  # fmt: skip
-    found = tensor_types("q2_k_mixed", "qwen3moe", tensors, ModelDimensions(1, 4, 2, 4))
+    found, _ = tensor_types("q2_k_mixed", "qwen3moe", tensors, ModelDimensions(1, 4, 2, 4))
     assert list(found.values()) == ["Q8_0", "Q8_0", "Q4_K", "Q2_K", "Q4_K", "F32", "F32"]
 
 
 def test_notes_say_what_fell_back() -> None:
     tensors = [(f"blk.{i}.attn_q.weight", (2, 96)) for i in range(3)] + [("blk.0.ffn_down.weight", (2, 70))]
-    found = tensor_types("q4_k_s", "llama", tensors, ModelDimensions(3, 4, 4))
-    assert found.notes() == [
+    assert fallback_notes(*tensor_types("q4_k_s", "llama", tensors, ModelDimensions(3, 4, 4))) == [
         "3 tensors (blk.0.attn_q.weight, ...) are Q5_0 instead of Q4_K: their rows are no multiple of 256",
         "1 tensor (blk.0.ffn_down.weight) is F16 instead of Q4_K: its rows are no multiple of 256",
     ]
-    assert tensor_types("q4_k_s", "llama", TENSORS, FACTS).notes() == []
+    assert fallback_notes(*tensor_types("q4_k_s", "llama", TENSORS, FACTS)) == []
 
 
 @pytest.mark.parametrize(

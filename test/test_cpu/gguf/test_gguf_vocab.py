@@ -13,7 +13,7 @@ import pytest
 
 from auto_round import envs
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.gguf import pre_tokenizer as pre
+from auto_round.gguf import vocab as pre
 from auto_round.gguf.vocab import (
     SPACE_NOTE,
     TokenList,
