@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+import auto_round.eval.measures as measures
 from auto_round.calibration.data.sources import held_out_documents
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError, first_line
-from auto_round.eval import measures
 from auto_round.eval.measures import EvalResult
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.logger import logger
