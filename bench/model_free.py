@@ -162,17 +162,18 @@ def arithmetic_seconds(folder: Path, scheme: str, sample: int = 6) -> float:
     free = AutoRound(str(folder), scheme=scheme, model_free=True, device_map="cpu")._runs
     assert isinstance(free, ModelFree)
     fmt = get_format("auto_round")
-    job, source = free.plan([fmt]), free.source()
-    work = plan_work(job, source, fmt)
-    rounder = UnitProcessor(job, source, fmt, work, free.settings.scale_dtype, free.settings.device)
-    layers = [unit for unit in work.units if unit.layers]
-    weights = lambda unit: sum(job.layers[n].out_features * job.layers[n].in_features for n in unit.layers)
+    job, source = free.plan_for([fmt]), free.source
+    units, layout = plan_work(job, source, fmt)
+    rounder = UnitProcessor(job, source, fmt, units, layout, free.settings)
+    layers = [unit for unit in units if unit.layers]
+    plans = lambda unit: [job.layers[name] for group in unit.layers for name in group]
+    weights = lambda unit: sum(plan.out_features * plan.in_features for plan in plans(unit))
     seconds = done = 0.0
     for unit in layers[:: max(1, len(layers) // sample)]:
-        tasks = [rounder._task(job.layers[name]) for name in unit.layers]
+        tasks = [rounder._task(plan, source.read(f"{plan.name}.weight")) for plan in plans(unit)]
         start = time.monotonic()
         for task in tasks:
-            fmt.pack(rounder.round(task), model_dtype=source.dtype)
+            fmt.pack(rounder._round(task), model_dtype=source.dtype)
         seconds += time.monotonic() - start
         done += weights(unit)
     return seconds / done * sum(map(weights, layers))

@@ -87,7 +87,7 @@ def rounder(source: str | Path) -> AutoRound:
 
 def source_of(made: AutoRound) -> ModelSource:
     """What a run reads."""
-    return made._runs.source() if made.model_free else made._runs.source
+    return made._runs.source
 
 
 def quantize(source: str | Path, out: Path, **more: Any) -> Path:

@@ -207,11 +207,12 @@ class Staging:
 
 
 def sync_and_hash(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Sync all files of a folder, subfolders included, to disk and return SHA-256 by name. `known`: digests that were
+    """Sync all files of a folder, hidden ones left out, to disk and return SHA-256 by name. `known`: digests that were
     computed before. Raises OutputError when the disk is full."""
     found = {}
     try:
-        for path in sorted(p for entry in _entries(folder) for p in [entry, *entry.rglob("*")] if p.is_file()):
+        shown = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
+        for path in sorted(p for entry in shown for p in [entry, *entry.rglob("*")] if p.is_file()):
             name = path.relative_to(folder).as_posix()
             found[name] = (known or {}).get(name) or file_sha256(path)
             with open(path, "rb" if os.name == "posix" else "r+b") as file:

@@ -52,8 +52,8 @@ def damaged_error(path: Path, why: str, what: str = "journal") -> OutputError:
 class PartialFile:
     """A file under a temporary name. It is opened when it is first written, and again after `close`.
 
-    `sync` may be called from another thread while this one writes. All methods that write raise OutputError when the
-    disk is full or the file cannot be written.
+    Once it is open, several threads may write, and `sync` may be called meanwhile. All methods that write raise
+    OutputError when the disk is full or the file cannot be written.
 
     Args:
         path: the temporary path.
@@ -77,8 +77,9 @@ class PartialFile:
                 if hasattr(os, "pwrite"):
                     done += os.pwrite(file.fileno(), part, offset + done)
                 else:
-                    file.seek(offset + done)
-                    done += file.write(part)
+                    with self._lock:
+                        file.seek(offset + done)
+                        done += file.write(part)
         return zlib.crc32(view)
 
     def truncate(self, size: int) -> None:
@@ -109,12 +110,12 @@ class PartialFile:
                 file, self._file = self._file, None
                 file.close()
 
-    def seal(self, final: Path) -> str:
-        """Sync the file, rename it and return its SHA-256."""
+    def seal(self, final: Path, digest: str | None = None) -> str:
+        """Sync the file, rename it and return its SHA-256. `digest`: that, if it is known."""
         self.sync()
         self.close()
         with self._reported():
-            digest = file_sha256(self.path)
+            digest = digest or file_sha256(self.path)
             os.replace(self.path, final)
         return digest
 

@@ -66,21 +66,12 @@ def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | 
 
 
 def weight_files(source: ModelSource) -> dict[str, list[Any]]:
-    """`input_identity` of every weight file of a checkpoint, by file name."""
+    """`TensorFiles.identity` of every weight file of a checkpoint, by file name."""
     if source.files is None:
         return {}
     stored = source.files.stored
     paths = sorted({tensor.file for tensor in stored.tensors.values()})
-    return {path.relative_to(stored.folder).as_posix(): input_identity(path) for path in paths}
-
-
-def input_identity(file: Path) -> list[Any]:
-    """Size, modification time and header digest of a safetensors file, to recognize it without reading it."""
-    stat = file.stat()
-    with open(file, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        head = handle.read(min(length, stat.st_size))
-    return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(head).hexdigest()]
+    return {path.relative_to(stored.folder).as_posix(): stored.identity(path) for path in paths}
 
 
 def samples_digest(samples: Iterable[Mapping[str, torch.Tensor]]) -> str:

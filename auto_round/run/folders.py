@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,10 +77,14 @@ def output_bytes(job: Job) -> int:
 
 def missing_bytes(job: Job, root: Path) -> int:
     """Disk space that the output still needs: an interrupted run has left a part of it."""
-    parts = [root / PARTIAL, *(root.glob(f"*/{PARTIAL}") if root.is_dir() else ())]
-    stats = [path.stat() for part in parts for path in part.rglob("*") if path.is_file()]
-    # A GGUF file has its whole size from the start, but takes no space where nothing is written.
-    present = sum(stat.st_size if os.name == "nt" else stat.st_blocks * 512 for stat in stats)
+    present = 0
+    for part in (root / PARTIAL, *(root.glob(f"*/{PARTIAL}") if root.is_dir() else ())):
+        for folder, _, names in os.walk(part):
+            for name in names:
+                with suppress(FileNotFoundError):  # another process of the run has moved it
+                    stat = os.stat(os.path.join(folder, name))
+                    # Some files have their whole size from the start, but take no space where nothing is written.
+                    present += stat.st_size if os.name == "nt" else stat.st_blocks * 512
     return max(0, output_bytes(job) - present)
 
 

@@ -13,7 +13,6 @@ either the state before or the state after.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -29,7 +28,7 @@ import torch
 from auto_round import envs
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import ConfigError, OutputError, Stopped
-from auto_round.files import add_checksum, sync_folder, take_checksum, write_text
+from auto_round.files import sync_folder
 from auto_round.logger import logger
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.source import ModelSource
@@ -42,8 +41,11 @@ from auto_round.run.journal_files import (
     Unit,
     check_file,
     open_tensors,
+    raise_if_different,
+    read_checked,
     read_tensors,
     unwritable_error,
+    write_checked,
     write_tensors,
 )
 
@@ -107,13 +109,7 @@ class Journal:
         self.finished = len(self.units)
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.folder / name
-        try:
-            value = json.loads(take_checksum(path.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError) as error:
-            raise damaged_error(path, str(error)) from error
+        value = read_checked(self.folder / name)
         return value if isinstance(value, dict) else None
 
     def _files(self) -> list[list[Any]]:
@@ -193,7 +189,7 @@ class Journal:
         self._reset()
 
     def _write(self, name: str, value: Any) -> None:
-        write_text(self.folder / name, add_checksum(json.dumps(value)))
+        write_checked(self.folder / name, value)
         self._sync()
 
     def _sync(self) -> None:
@@ -227,7 +223,7 @@ class Journal:
             if not self.is_empty:
                 found = differences(self.run.get("layout", {}), now["layout"])
                 found += differences(self.run.get("settings"), now["settings"])
-                self._raise_if_different(found + file_differences(self.run.get("weights") or {}, now["weights"]))
+                raise_if_different(self.output, found + file_differences(self.run.get("weights") or {}, now["weights"]))
                 self.check()
 
     def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
@@ -244,7 +240,7 @@ class Journal:
         self._outputs = outputs
         with self._starting_over():
             if not self.is_empty:
-                self._raise_if_different(self._late_differences(source))
+                raise_if_different(self.output, self._late_differences(source))
             files = [(self.folder / unit["file"], unit["mark"]) for unit in self.units]
             self.restored = [Unit.from_state(*read_tensors(path, mark)) for path, mark in files]
             if self.restored:
@@ -274,15 +270,6 @@ class Journal:
                 where = "outside the blocks" if name is None else f"of {name}"
                 found.append(f"weights {where}: other values than then")
         return found
-
-    def _raise_if_different(self, found: list[str]) -> None:
-        if found:
-            more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
-            raise ConfigError(
-                f"output folder {self.output} holds an interrupted run that differs: {'; '.join(found[:8])}{more}; "
-                "give the same settings to resume it, choose another folder, or start anew with --overwrite or "
-                "--no_resume (overwrite=True or resume=False)"
-            )
 
     @contextmanager
     def _starting_over(self) -> Iterator[None]:

@@ -14,8 +14,8 @@ import torch
 
 from auto_round.calibration.disk_store import DiskTensor
 from auto_round.edits import TensorEdit, edit_from_state
-from auto_round.errors import OutputError
-from auto_round.files import bytes_of, safetensors_header
+from auto_round.errors import ConfigError, OutputError
+from auto_round.files import add_checksum, bytes_of, safetensors_header, take_checksum, write_text
 from auto_round.modeling.files.safetensors import TensorFiles, read_header
 from auto_round.output.writer import damaged_error
 from auto_round.report.run_report import BlockRecord
@@ -95,6 +95,32 @@ def check_file(path: Path, mark: list[int]) -> None:
         raise damaged_error(path, f"it has {stored} bytes, not {size}")
     if found != crc:
         raise damaged_error(path, "its bytes are not those that were written")
+
+
+def write_checked(path: Path, value: Any) -> None:
+    """Write a value as JSON with a checksum, atomically."""
+    write_text(path, add_checksum(json.dumps(value)))
+
+
+def read_checked(path: Path) -> Any:
+    """The value that `write_checked` wrote; None without the file. Raises OutputError when it is damaged."""
+    try:
+        return json.loads(take_checksum(path.read_bytes()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise damaged_error(path, str(error)) from error
+
+
+def raise_if_different(output: Path, found: list[str]) -> None:
+    """Raise ConfigError when the interrupted run in an output folder differs from this one: `differences`."""
+    if found:
+        more = f"; and {len(found) - 8} more" if len(found) > 8 else ""
+        raise ConfigError(
+            f"output folder {output} holds an interrupted run that differs: {'; '.join(found[:8])}{more}; give the "
+            "same settings to resume it, choose another folder, or start anew with --overwrite or --no_resume "
+            "(overwrite=True or resume=False)"
+        )
 
 
 def unwritable_error(path: Path, error: OSError) -> OutputError:

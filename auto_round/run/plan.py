@@ -197,6 +197,7 @@ class Job:
         damaged: layers left unquantized because of NaN or Inf in the model, with the reason.
         patterns: regular expressions of the layer configuration, in order.
         file_identity: what else an interrupted run must have in common with this one to continue its files.
+        tensors_at_a_time: of a model-free run, how many and how large, in words.
     """
 
     model: str
@@ -231,6 +232,7 @@ class Job:
     damaged: Mapping[str, str] = field(default_factory=dict)
     patterns: tuple[str, ...] = ()
     file_identity: Mapping[str, str] = field(default_factory=dict)
+    tensors_at_a_time: str = ""
 
     def quantized(self) -> dict[str, LayerPlan]:
         return {name: plan for name, plan in self.layers.items() if plan.quantized}
@@ -265,6 +267,7 @@ class Job:
             "layers": {n: p.description + (f" ({p.reason})" if p.reason else "") for n, p in self.layers.items()},
             **({"copied": dict(self.spare)} if self.spare else {}), "left": dict(self.skipped), "steps": self.steps,
             "bytes_on_disk": dict(self.bytes_on_disk), "compute": self.compute,
+            **({"model_free": True} if self.tensors_at_a_time else {}),
         }  # fmt: skip
 
     def render(self) -> str:
@@ -287,6 +290,7 @@ class Job:
             *((f"format {n}", f"{format_bytes(b)} of weights") for n, b in self.bytes_on_disk.items()),
             ("journal", self.journal_bytes and journal),
             ("output", self.output_dir),
+            ("model-free", self.tensors_at_a_time),
             ("memory", f"about {format_bytes(self.peak_ram)}{most}"),
             ("GPU memory", self.peak_vram and f"about {format_bytes(self.peak_vram)}"),
             ("temporary files", memory.spilled and f"{format_bytes(memory.spilled)} of activations in AR_WORK_SPACE"),

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,16 +30,12 @@ from auto_round.run.results import ModelWriter, SavedModel, check_save_options
 from auto_round.run.settings import Settings
 from auto_round.schemes import GroupSize, QuantizationScheme
 
-if TYPE_CHECKING:
-    from auto_round.run.model_free.driver import ModelFree
-
-
 LayerFields = dict[str, dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Regular runs: one for each GGUF format, and one for all other formats. `ModelFree` has the same methods."""
+    """Regular runs: one for each GGUF format, and one for all other formats."""
 
     source: ModelSource
     settings: Settings
@@ -146,7 +142,7 @@ class Saving:
 
     settings: Settings
     tokenizer: Any
-    _runs: Runs | ModelFree
+    _runs: Runs
     _quantized_in_place = False  # a model object is quantized in place, once
     _result: InMemory | None = None
     _saved: torch.nn.Module | None = None

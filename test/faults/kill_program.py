@@ -27,7 +27,7 @@ from typing import Any
 
 WATCHED = ("fsync", "replace", "unlink", "mkdir", "rmdir", "open", "ftruncate", "pwrite", "posix_fallocate")
 REFUSED = 6  # exit code of OutputError
-HIDDEN = {".partial", ".model_free"}  # what is not finished
+HIDDEN = {".partial"}  # what is not finished
 
 
 class Moment:

@@ -28,11 +28,10 @@ def files(folder: Path) -> dict[str, bytes]:
     """Everything with a final name but the report, which tells times."""
     found = (path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in found}
-    hidden = (".partial", ".model_free")
     return {
         name: path.read_bytes()
         for name, path in names.items()
-        if not name.startswith(hidden) and not any(part.startswith(".") for part in name.split("/"))
+        if not any(part.startswith(".") for part in name.split("/"))
     }
 
 

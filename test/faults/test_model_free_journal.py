@@ -12,9 +12,9 @@ from damage import Outcome, flips, judge, report, truncations
 
 from auto_round import AutoRound
 from auto_round.errors import Stopped
-from auto_round.run.model_free import journal
+from auto_round.output import staging
+from auto_round.output.folders import PARTIAL
 from auto_round.run.model_free import workers as shard_run
-from auto_round.run.model_free.journal import FOLDER
 
 pytestmark = pytest.mark.timeout(3600)
 Quantize = Callable[[Path], dict[str, bytes]]
@@ -32,11 +32,11 @@ def quantize(packable_folder: Callable[..., str]) -> Quantize:
     return run
 
 
-PLACES = {"half way": (shard_run.ShardRun, "do", 12), "before its files are shown": (journal, "publish_files", 1)}
+PLACES = {"half way": (shard_run.ShardFile, "write", 12), "before its files are shown": (staging, "publish_files", 1)}
 # One file of each kind; what lies beside weights (configuration, tokenizer) is written again in any case.
 KINDS = {
-    "half way": ("manifest.json", "*.jsonl", "*.partial", "*.sha256", "*.safetensors"),
-    "before its files are shown": ("manifest.json", "*.jsonl", "checked.json", "*.sha256", "*.safetensors"),
+    "half way": ("run.json", "0*.json", "*.partial", "*.safetensors"),
+    "before its files are shown": ("run.json", "0*.json", "complete.json", "*.safetensors"),
 }
 
 
@@ -50,7 +50,7 @@ def test_damaged_journal(
     stopped, out = tmp_path / "stopped", tmp_path / "out"
     with pytest.raises(Stopped), stop_at(*PLACES[place]):
         quantize(stopped)
-    files = sorted(path.relative_to(stopped) for path in (stopped / FOLDER).rglob("*") if path.is_file())
+    files = sorted(path.relative_to(stopped) for path in (stopped / PARTIAL).rglob("*") if path.is_file())
     names = [next(name for name in files if name.match(kind)) for kind in KINDS[place]]
 
     found: dict[str, list[Outcome]] = {"cut": [], "bit turned over": []}

@@ -188,8 +188,8 @@ def test_journals_have_a_folder_of_their_own_where_one_is_given(monkeypatch: pyt
 
 
 def test_parallelism_of_model_free_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    from auto_round.run.model_free.plan import model_free_options
+    from auto_round.run.model_free.driver import model_free_options
 
     monkeypatch.setenv("AR_MODEL_FREE_SHARD_PARALLELISM", "5")
-    assert model_free_options(environ={}).workers == 5
-    assert model_free_options(2, environ={}).workers == 2
+    assert model_free_options().workers == 5
+    assert model_free_options(2).workers == 2

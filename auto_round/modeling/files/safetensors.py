@@ -6,6 +6,7 @@ tensor or the file lives, and copying out of a map holds every byte twice.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -99,6 +100,14 @@ class TensorFiles:
     def stored(self) -> TensorFiles:
         """The stored files; of a quantized checkpoint, with codes and scales."""
         return self
+
+    def identity(self, file: Path) -> list[Any]:
+        """Size, modification time and header digest of a weight file, to recognize it without reading it."""
+        stat = file.stat()
+        with open(file, "rb") as handle:
+            length = int.from_bytes(handle.read(8), "little")
+            head = handle.read(min(length, stat.st_size))
+        return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(head).hexdigest()]
 
     def inputs(self, key: str) -> tuple[str, ...]:
         """Names in the files of what is read for a tensor: itself, or its codes and scale."""

@@ -247,17 +247,14 @@ def _stops(patch: pytest.MonkeyPatch, moment: int, work: Callable[[], Any]) -> b
         return real_replace(*args, **kwargs)
 
     def unlink(path: Path, *args: Any, **kwargs: Any) -> Any:
-        if path.name != staging.LOCK:  # the system frees it
+        if path.name not in (staging.LOCK, "begun"):  # the system frees them
             tick()
         return real_unlink(path, *args, **kwargs)
 
-    from auto_round.run.model_free import journal
-
-    for module in (staging, journal):
-        patch.setattr(module, "publish_files", show)
+    patch.setattr(staging, "publish_files", show)
     patch.setattr(os, "replace", replace)
     patch.setattr(Path, "unlink", unlink)
-    patch.setattr(Staging, "clear", lambda self: None)  # nobody tidies up after a kill
+    patch.setattr(Staging, "clear", lambda self, keep=(): None)  # nobody tidies up after a kill
     try:
         work()
     except Killed:

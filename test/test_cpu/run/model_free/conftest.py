@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from auto_round.errors import OutputError
-from auto_round.run.model_free import driver as drive
+from auto_round.run.model_free.unit_processor import UnitProcessor
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def check_fails() -> Callable[[str], AbstractContextManager[None]]:
             raise OutputError(message)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(drive, "check_layers", fail)
+            patch.setattr(UnitProcessor, "check_samples", fail)
             yield
 
     return failing

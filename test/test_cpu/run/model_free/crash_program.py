@@ -62,13 +62,13 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != "report.json" and ".model_free" not in path.parts
+        if path.is_file() and path.name != "report.json" and ".partial" not in path.parts
     }
 
 
 def finished(out: Path) -> bool:
-    """Whether nothing is left to do: the report is written last, and then the journal is removed."""
-    return (out / "report.json").exists() and not (out / ".model_free" / "manifest.json").exists()
+    """Whether nothing is left to do: config.json is moved last, and then the journal is removed."""
+    return (out / "config.json").exists() and not (out / ".partial" / ".journal" / "run.json").exists()
 
 
 def killed_once(given: dict[str, Any], out: Path, at: int, torn: bool) -> int:

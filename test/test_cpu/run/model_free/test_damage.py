@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from auto_round.errors import AutoRoundError, ModelError, NumericsError, OutputError
+from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError, OutputError
 
 G32: dict[str, Any] = {"scheme": "W4A16", "group_size": 32}
 INDEX = "model.safetensors.index.json"
@@ -207,8 +207,8 @@ def test_another_run_is_not_resumed(
         patch.setattr(drive, "write_config", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             free(split, **G32)
-    assert (tmp_path / "free" / ".model_free" / "manifest.json").is_file()
-    with pytest.raises(OutputError, match="unfinished run that differs .*group_size|unfinished run that differs"):
+    assert (tmp_path / "free" / ".partial" / ".journal" / "run.json").is_file()
+    with pytest.raises(ConfigError, match="interrupted run that differs: settings.bits: 4 then, 8 now"):
         free(split, scheme="W8A16", group_size=32)
     made = free(split, scheme="W8A16", group_size=32, overwrite=True)
     assert json.loads((made / "config.json").read_text())["quantization_config"]["bits"] == 8
@@ -229,7 +229,7 @@ def test_a_run_of_a_changed_input_is_not_resumed(
         with pytest.raises(KeyboardInterrupt):
             free(split, **G32)
     os.utime(second(split))
-    with pytest.raises(OutputError, match=f"differs .*{second(split).name}"):
+    with pytest.raises(ConfigError, match=f"differs: .*{second(split).name}"):
         free(split, **G32)
 
 
@@ -237,19 +237,19 @@ def test_a_flipped_bit_in_the_output_is_seen(
     free: Callable[..., Path], split: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from auto_round.errors import VerifyError
-    from auto_round.run.model_free import workers as shard_run
+    from auto_round.output.writer import PartialFile
 
-    real = shard_run.ShardFile.sync
+    real = PartialFile.sync
 
     def sync(self: Any) -> None:
         real(self)
-        with open(self.partial, "r+b") as file:
+        with open(self.path, "r+b") as file:
             file.seek(-3, 2)
             byte = file.read(1)[0]
             file.seek(-3, 2)
             file.write(bytes([byte ^ 4]))
 
-    monkeypatch.setattr(shard_run.ShardFile, "sync", sync)
+    monkeypatch.setattr(PartialFile, "sync", sync)
     with pytest.raises(VerifyError, match="tensor .* is not what was written"):
         free(split, **G32)
     assert not list((tmp_path / "free").glob("*.safetensors"))

@@ -15,9 +15,9 @@ from families import known_families
 from auto_round import AutoRound, RTNConfig, SignRoundConfig
 from auto_round.cli import main
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
-from auto_round.run.model_free.plan import model_free_options
+from auto_round.run.model_free.driver import model_free_options
 from auto_round.run.model_free.units import Unit
-from auto_round.run.model_free.workers import MemorySemaphore, run_units
+from auto_round.run.model_free.workers import run_units
 
 
 @pytest.fixture
@@ -121,17 +121,21 @@ def test_a_plan(packable_folder: Callable[..., str]) -> None:
     assert job.peak_ram > 0 and job.bytes_on_disk["auto_round"] > 0
 
 
-def test_ranks_and_workers_come_from_the_environment() -> None:
-    options = model_free_options(2, "1GB", {"RANK": "1", "WORLD_SIZE": "4"})
+def test_ranks_and_workers_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    options = model_free_options(2, 10**9)
     assert (options.workers, options.memory, options.rank, options.world) == (2, 10**9, 1, 4)
+    monkeypatch.setenv("RANK", "4")
     with pytest.raises(ConfigError, match="RANK=4 is not below WORLD_SIZE=4"):
-        model_free_options(environ={"RANK": "4", "WORLD_SIZE": "4"})
+        model_free_options()
+    monkeypatch.setenv("WORLD_SIZE", "many")
     with pytest.raises(ConfigError, match="WORLD_SIZE='many'"):
-        model_free_options(environ={"WORLD_SIZE": "many"})
+        model_free_options()
 
 
 def units(count: int, memory: int) -> list[Unit]:
-    return [Unit(f"u{i}", (), (f"u{i}",), (f"u{i}",), (), memory) for i in range(count)]
+    return [Unit((), (f"u{i}",), (f"u{i}",), (), (), memory) for i in range(count)]
 
 
 def test_memory_is_bounded() -> None:
@@ -155,8 +159,8 @@ def test_the_first_error_ends_the_run() -> None:
     started: list[str] = []
 
     def work(unit: Unit) -> None:
-        started.append(unit.name)
-        if unit.name == "u3":
+        started.extend(unit.dense)
+        if unit.dense == ("u3",):
             raise ValueError("u3 is bad")
 
     with pytest.raises(ValueError, match="u3 is bad"):
@@ -169,6 +173,3 @@ def test_threads_are_given_back() -> None:
     seen: list[int] = []
     run_units(units(2, 1), lambda unit: seen.append(torch.get_num_threads()), 64, 10)
     assert torch.get_num_threads() == before and set(seen) == {1}
-    semaphore = MemorySemaphore(10, 2)
-    semaphore.acquire(50)
-    semaphore.release(50)

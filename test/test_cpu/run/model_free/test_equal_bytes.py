@@ -34,7 +34,7 @@ def equal(free: Callable[..., Path], same_tensors: Callable[..., None], tmp_path
         assert one == other
         assert configs[0]["dtype"] == configs[1]["dtype"]
         assert configs[0]["tie_word_embeddings"] == configs[1].get("tie_word_embeddings", False)
-        assert not (made / ".model_free").exists()
+        assert not (made / ".partial").exists()
         return made
 
     return check

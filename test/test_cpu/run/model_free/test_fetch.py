@@ -13,9 +13,8 @@ import pytest
 from auto_round.errors import ModelError
 from auto_round.formats.base import parse_formats
 from auto_round.run.model_free import inputs as fetch
-from auto_round.run.model_free.driver import ModelFree
+from auto_round.run.model_free.driver import open_model_free
 from auto_round.run.model_free.inputs import RemoteFile, fetch_checked
-from auto_round.run.model_free.plan import model_free_options
 
 G32: dict[str, Any] = {"scheme": "W4A16", "group_size": 32}
 
@@ -69,8 +68,10 @@ def hub_run(
             (folder / name).write_text(name)
         shutil.rmtree(tmp_path / "small", ignore_errors=True)
         hub = FakeHub(folder, tmp_path / "small", spoil)
-        settings = AutoRound(str(folder), model_free=True, device_map="cpu", **G32).settings
-        job = ModelFree("org/model", settings, model_free_options(1), fetcher=hub)
+        settings = AutoRound(str(folder), model_free=True, parallelism=1, device_map="cpu", **G32).settings
+        monkeypatch.setattr(fetch, "HubFetcher", lambda repo: hub)
+        job = open_model_free("org/model", settings)
+        assert job is not None
         job.to_folders(str(tmp_path / "hub"), parse_formats("auto_round"), False, "5GB")
         return hub, folder
 
@@ -158,12 +159,13 @@ def test_a_broken_run_is_resumed(hub_run: Callable[..., Any], free: Callable[...
         assert (tmp_path / "hub" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_waiting_grows(tmp_path: Path) -> None:
+def test_waiting_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Never(fetch.HubFetcher):
         def fetch(self, name: str, folder: Path) -> Path:
             raise OSError("no")
 
     waits: list[float] = []
+    monkeypatch.setattr(fetch.time, "sleep", waits.append)
     with pytest.raises(ModelError, match="x could not be fetched in 5 tries: no"):
-        fetch_checked(Never("org/model"), "x", RemoteFile(1), tmp_path, waits.append)
+        fetch_checked(Never("org/model"), "x", RemoteFile(1), tmp_path)
     assert waits == [2.0, 4.0, 8.0, 16.0]

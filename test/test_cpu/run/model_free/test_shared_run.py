@@ -13,47 +13,43 @@ import pytest
 
 from auto_round import AutoRound
 from auto_round.errors import AutoRoundError, OutputError
-from auto_round.run.model_free import driver as drive
-from auto_round.run.model_free.journal import FOLDER, READY
-from auto_round.run.model_free.shards import Layout, Shard
-from auto_round.run.model_free.workers import (
-    assigned_shards,
-    clear_failures,
-    failures,
-    raise_failures,
-    wait_until,
-    write_failure,
-)
+from auto_round.output.folders import PARTIAL
+from auto_round.run.folders import missing_bytes
+from auto_round.run.model_free.driver import JOURNAL
+from auto_round.run.model_free.workers import Peers
+
+FOLDER = Path(PARTIAL, JOURNAL)
+READY = "ready-"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 9])
-def test_every_file_has_one_owner(world: int) -> None:
-    layout = Layout(tuple(Shard(f"s{i}", b"", {}, size, ()) for i, size in enumerate((5, 9, 1, 7, 7, 3))))
-    shares = [assigned_shards(layout, rank, world) for rank in range(world)]
+def test_every_file_has_one_owner(world: int, tmp_path: Path) -> None:
+    sizes = (5, 9, 1, 7, 7, 3)
+    shares = [Peers(tmp_path, rank, world).share(sizes) for rank in range(world)]
     assert sorted(index for share in shares for index in share) == list(range(6))
-    loads = [sum(layout.shards[i].size for i in share) for share in shares]
+    loads = [sum(sizes[i] for i in share) for share in shares]
     assert max(loads) - min(loads) <= 9
 
 
 def test_failures_are_heard(tmp_path: Path) -> None:
-    raise_failures(tmp_path)
-    write_failure(tmp_path, 3, ValueError("no disk"))
+    first, third = Peers(tmp_path, 0, 4), Peers(tmp_path, 3, 4)
+    first.check()
+    third.signal_failure(ValueError("no disk"))
     with pytest.raises(AutoRoundError, match="process 3 gave up: ValueError: no disk"):
-        raise_failures(tmp_path)
-    earlier = failures(tmp_path)
-    raise_failures(tmp_path, earlier)
-    write_failure(tmp_path, 3, ValueError("again"))
+        first.check()
+    again = Peers(tmp_path, 0, 4)
+    again.check()  # of an earlier run
+    third.signal_failure(ValueError("again"))
     os.utime(tmp_path / "failed-00003", ns=(1, 1))
     with pytest.raises(AutoRoundError, match="again"):
-        raise_failures(tmp_path, earlier)
-    clear_failures(tmp_path, 3)
-    raise_failures(tmp_path)
+        again.check()
 
 
-def test_waiting_ends() -> None:
-    wait_until(lambda: True, lambda: 0, "nothing")
+def test_waiting_ends(tmp_path: Path) -> None:
+    peers = Peers(tmp_path, 0, 2)
+    peers.wait(lambda: True, "nothing")
     with pytest.raises(OutputError, match="nothing happened for 0 s while waiting for the others"):
-        wait_until(lambda: False, lambda: 0, "the others", timeout=0.01)
+        peers.wait(lambda: False, "the others", timeout=0.01)
 
 
 @pytest.fixture
@@ -100,7 +96,7 @@ def test_a_slow_process_finds_the_run_that_it_is_part_of(
             first.quantize_and_save(out)
         with pytest.raises(AutoRoundError, match="process 0 gave up: OutputError: the disk was removed"):
             other.result(60)
-    assert (out / FOLDER / f"{READY}00001").is_file() and list((out / FOLDER).glob("*.sha256"))
+    assert (out / FOLDER / f"{READY}00001").is_file() and list((out / PARTIAL).glob("*.safetensors"))
     first, second = processes()
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(first.quantize_and_save, out)
@@ -108,7 +104,7 @@ def test_a_slow_process_finds_the_run_that_it_is_part_of(
         assert not other.done() and not (out / "config.json").exists()
         second.quantize_and_save(out)
         other.result(60)
-    assert (out / "report.json").is_file() and not (out / FOLDER).exists()
+    assert (out / "report.json").is_file() and not (out / PARTIAL).exists()
 
 
 @pytest.mark.timeout(120)
@@ -126,7 +122,7 @@ def test_nobody_works_on_what_process_0_is_about_to_throw_away(
             first.quantize_and_save(out, **several)
         with pytest.raises(AutoRoundError, match="process 0 gave up"):
             other.result(60)
-    assert len(list((out / FOLDER).glob("*.sha256"))) > 2
+    assert len(list((out / PARTIAL).glob("*.safetensors"))) > 2
     ready = out / FOLDER / f"{READY}00001"
     ready.unlink()
     first, second = processes()
@@ -136,12 +132,13 @@ def test_nobody_works_on_what_process_0_is_about_to_throw_away(
         early = ready.exists()  # it had nothing to do
         first.quantize_and_save(out, resume=False, **several)
         other.result(60)
-    assert not early and (out / "report.json").is_file() and not (out / FOLDER).exists()
+    assert not early and (out / "report.json").is_file() and not (out / PARTIAL).exists()
 
 
-def test_another_process_may_move_a_file_while_its_size_is_asked(tmp_path: Path) -> None:
-    journal = tmp_path / FOLDER
-    journal.mkdir()
-    (journal / "00001.partial").write_bytes(bytes(70))
-    (journal / "00002.partial").symlink_to("moved")
-    assert drive._finished_bytes(tmp_path) == 70
+def test_another_process_may_move_a_file_while_its_size_is_asked(processes: Callable[..., Any], tmp_path: Path) -> None:
+    job = processes()[0].plan()
+    before = missing_bytes(job, tmp_path)
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / PARTIAL / "1.partial").write_bytes(bytes(70_000))
+    (tmp_path / PARTIAL / "2.partial").symlink_to("moved")
+    assert before - 90_000 < missing_bytes(job, tmp_path) <= before - 70_000
