@@ -13,8 +13,7 @@ from auto_round import AutoRound  # noqa: E402
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes  # noqa: E402
 
 options = {} if job["group_size"] is None else {"group_size": job["group_size"]}
-if job.get("algorithm"):
-    options["algorithm"] = job["algorithm"]
+options |= {name: job[name] for name in ("algorithm", "sym") if job.get(name) is not None}
 texts = json.load(open(job["texts"], encoding="utf-8"))
 quantizer = AutoRound(
     job["model"], scheme=job["scheme"], dataset=texts, nsamples=job["nsamples"],

@@ -22,6 +22,8 @@ if __name__ == "__main__":  # the peer starts worker processes that import this 
     from auto_round import AutoRound
 
     sizes = {} if job["group_size"] is None else {"group_size": job["group_size"]}
+    if job.get("sym") is not None:
+        sizes["sym"] = job["sym"]
     texts = json.load(open(job["texts"], encoding="utf-8"))
     options = {} if job["peer_amp"] else {"amp": False}
     quantizer = AutoRound(

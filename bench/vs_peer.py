@@ -20,8 +20,14 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from programs import run_script, variables
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from auto_round.eval.evaluate import EvalResult
 
 HERE = Path(__file__).parent
 
@@ -74,6 +80,29 @@ def checkpoint(folder: str) -> str:
     return str(config.parent)
 
 
+def quantized_quality(
+    peer_python: str | None, job: dict, evals: list[str], reference: PreTrainedModel
+) -> tuple[dict, EvalResult]:
+    """What a quantization costs, by the peer or (None) by this package, and how good the saved model is on windows of
+    512 tokens of the texts, as many of each. The saved model is removed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from auto_round.eval.evaluate import evaluate
+
+    python, script = (peer_python, "run_peer.py") if peer_python else (sys.executable, "run_ours.py")
+    result = child(python, script, job)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        checkpoint(job["out"]), dtype=torch.float32, device_map=job["device"]
+    )
+    quality = evaluate(
+        quantized.eval(), texts=evals, tokenizer=AutoTokenizer.from_pretrained(job["model"]), reference=reference,
+        seqlen=512, max_windows=job["windows"] * len(evals), batch_size=4, device=job["device"],
+    )  # fmt: skip
+    shutil.rmtree(job["out"])
+    return result, quality
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
@@ -94,12 +123,9 @@ def main() -> None:
     a = p.parse_args()
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from auto_round.eval.evaluate import evaluate
+    from transformers import AutoModelForCausalLM
 
     results = []
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
     evals = [Path(e).read_text(encoding="utf-8")[: a.windows * 512 * 7] for e in a.eval_text]
     reference = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval().to(a.device)
     print(machine(), flush=True)
@@ -119,20 +145,10 @@ def main() -> None:
                     "iters": 0 if steps in ("rtn", "opt", "gptq") else int(steps),
                     "algorithm": "gptq" if steps == "gptq" else None,
                     "disable_opt_rtn": steps == "rtn", "out": out, "device": a.device, "work": work,
-                    "verify": not a.no_verify, "peer_amp": not a.peer_no_amp,
+                    "windows": a.windows, "verify": not a.no_verify, "peer_amp": not a.peer_no_amp,
                 }  # fmt: skip
-                python, script = (a.peer_python, "run_peer.py") if who == "peer" else (sys.executable, "run_ours.py")
-                result = child(python, script, job)
-                quantized = AutoModelForCausalLM.from_pretrained(
-                    checkpoint(out), dtype=torch.float32, device_map=a.device
-                )
-                quality = evaluate(
-                    quantized.eval(), texts=evals, tokenizer=tokenizer, reference=reference, seqlen=512,
-                    max_windows=a.windows * len(evals), batch_size=4, device=a.device,
-                )  # fmt: skip
+                result, quality = quantized_quality(a.peer_python if who == "peer" else None, job, evals, reference)
                 row[who] = {**result, **quality.to_dict()}
-                del quantized
-                shutil.rmtree(out)
                 shown = ", ".join(f"{name} {value}" for name, value in quality.rows())
                 print(
                     f"{run} {who}: wall {result['wall']:.1f} s, peak {result['rss'] / 1e6:.0f} MB, {shown}", flush=True
