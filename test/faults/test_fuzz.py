@@ -223,7 +223,9 @@ def test_quantization_config(
             # Such groups fill rows of 64 and 96 as groups of 32 do: the digest in report.json tells them apart.
             raise VerifyError("auto-round verify names config.json")
 
-    report(record, "quantization_config", both(file, len, lambda: vars(read_config(read_object(file))), counts, confirm))
+    report(
+        record, "quantization_config", both(file, len, lambda: vars(read_config(read_object(file))), counts, confirm)
+    )
 
 
 def test_layer_configuration(tmp_path: Path, record: Record, counts: tuple[int, int]) -> None:
