@@ -36,12 +36,10 @@ def row_slices(weight: Tensor) -> list[slice]:
 
 
 def descend_layer(task: LayerTask, hessian: Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """Quantize the LM head with searched scales and codes found by coordinate descent.
-
-    All tokens cost one matrix `hessian`, whatever their number and the size of the vocabulary. It is damped by its full
-    mean diagonal, not by the usual hundredth of it: with less, the error on the calibration tokens halves but the KL
-    divergence on other text grows (docs/adr/0008).
-    """
+    """Quantize the LM head with searched scales and codes found by coordinate descent. All tokens cost one matrix
+    `hessian`, whatever their number and the size of the vocabulary. It is damped by its full mean diagonal, not by the
+    usual hundredth of it: with less, the error on the calibration tokens halves but the KL divergence on other text
+    grows (docs/adr/0008)."""
     out, columns = task.weight.shape
     start = task.start(True, scale_dtype)
     codes = descend_codes(task.weight, task.codec.grid(start, (out, columns)), [hessian], _HEAD_DAMPING, _HEAD_PASSES)
@@ -49,10 +47,8 @@ def descend_layer(task: LayerTask, hessian: Tensor, scale_dtype: torch.dtype) ->
 
 
 def descend_codes(weight: Tensor, grid: Grid, hessians: Sequence[Tensor], damping: float, passes: int) -> Tensor:
-    """Codes of a weight [out, in] found by coordinate descent on a grid of whole numbers, uint8 [out, in].
-
-    `hessians`: of each band of input channels, in order, float32 [n, n]; `damping`: in parts of their mean diagonals.
-    """
+    """Codes of a weight [out, in] found by coordinate descent on a grid of whole numbers, uint8 [out, in]. `hessians`:
+    of each band of input channels, in order, float32 [n, n]; `damping`: in parts of their mean diagonals."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     start = 0
     for hessian in hessians:
@@ -71,10 +67,8 @@ def descend_codes(weight: Tensor, grid: Grid, hessians: Sequence[Tensor], dampin
 
 @torch.no_grad()
 def descend(weight: Tensor, scale: Tensor, low: Limit, high: Limit, hessian: Tensor, passes: int) -> Tensor:
-    """Codes minus the zero point, [rows, in], starting at the nearest ones; tr(D H D') never increases.
-
-    `weight` and `scale` are [rows, in], like the limits of the codes minus the zero point, if these are no numbers.
-    """
+    """Codes minus the zero point, [rows, in], starting at the nearest ones; tr(D H D') never increases. `weight` and
+    `scale` are [rows, in], like the limits of the codes minus the zero point, if these are no numbers."""
     codes = (weight / scale).round_().clamp_(low, high)  # type: ignore[arg-type]
     gradient = (codes * scale - weight) @ hessian  # half of the true gradient
     diagonal = hessian.diagonal().unsqueeze(1)

@@ -73,11 +73,9 @@ HessianFactors = Mapping[int, HessianFactor]
 
 
 def factorize_hessian(hessian: Tensor, damping: float) -> HessianFactor:
-    """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky.
-
-    `damping` is in parts of the mean diagonal, more than zero. Raises NumericsError when the damped Hessian holds NaN,
-    or is not positive definite in float32.
-    """
+    """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky. `damping` is in parts of the
+    mean diagonal, more than zero. Raises NumericsError when the damped Hessian holds NaN, or is not positive definite
+    in float32."""
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise NumericsError("NaN or Inf in the Hessian of a layer's inputs")
     order = hessian.diagonal().argsort(descending=True, stable=True)
@@ -144,9 +142,7 @@ def _round_block(
     stop: int, micro_block: int, low: float, high: float, mantissa: int, smallest: float,
 ) -> None:  # fmt: skip
     """Columns `start` to `stop`, where `values` holds the weights less the shares of all errors before `start`.
-
-    `mantissa`: its bits in a minifloat whose smallest normal value is `smallest`; -1 rounds to whole numbers.
-    """
+    `mantissa`: its bits in a minifloat whose smallest normal value is `smallest`; -1 rounds to whole numbers."""
     for first in range(start, stop, micro_block):
         last = min(first + micro_block, stop)
         if first > start:
@@ -199,9 +195,7 @@ def gptq_layer(
     known: HessianFactors | None = None,
 ) -> QuantizedLayer:  # fmt: skip
     """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes.
-
-    `optimized`: on scales of the weighted search, instead of plain ones; `known`: of `shared_hessian_factors`.
-    """
+    `optimized`: on scales of the weighted search, instead of plain ones; `known`: of `shared_hessian_factors`."""
     if task.input_hessians is None or not task.codec.uses_feedback(asked=True):
         return quantize_layer(task, optimized, scale_dtype)
     start, codes = feedback_start(task, optimized, scale_dtype, damping, known or {})

@@ -42,9 +42,7 @@ def run_model(
     stop_at: nn.Module | None = None,
 ) -> Any:  # fmt: skip
     """Run the whole model on a batch of samples without a key-value cache, with `forward` instead of its blocks.
-
-    Returns its output, or what `ForwardStopped` carried: the input of `stop_at` if that was reached, else None.
-    """
+    Returns its output, or what `ForwardStopped` carried: the input of `stop_at` if that was reached, else None."""
 
     def replacement(index: int, name: str, block: nn.Module) -> Callable[..., Any]:
         own = partial(call_block, block.forward)
@@ -132,10 +130,8 @@ class NestedValue:
         self, leaves: Sequence[Any] | None = None,
         make_shared: Callable[[type, int, dict[Any, Any]], Any] | None = None,
     ) -> Any:  # fmt: skip
-        """Rebuild the nested value, with other tensors if they are given.
-
-        `make_shared` creates the objects that blocks write to, from class, number and earlier entries.
-        """
+        """Rebuild the nested value, with other tensors if they are given. `make_shared` creates the objects that blocks
+        write to, from class, number and earlier entries."""
         rest_consts, rest_leaves = iter(self.consts), iter(self.leaves if leaves is None else leaves)
 
         def visit(node: Any) -> Any:
@@ -178,10 +174,8 @@ def flatten(
     written: Callable[[int], Collection[Any]] = lambda _: (),
 ) -> NestedValue:  # fmt: skip
     """Split nested mappings, lists and tuples into structure, constants and tensors. Key-value caches become None.
-
     `shared` has numbers of the objects inside that blocks write to, by path; they may be of any class. `written` gives
-    the entries of such an object that blocks have written, which are left out.
-    """
+    the entries of such an object that blocks have written, which are left out."""
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
 
@@ -222,10 +216,8 @@ def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
 
 
 class TensorPool:
-    """Stores tensors by content, large ones in `disk_store` if there is one.
-
-    A rotary table that all blocks and samples share is stored once.
-    """
+    """Stores tensors by content, large ones in `disk_store` if there is one. A rotary table that all blocks and samples
+    share is stored once."""
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:
         self.device, self.disk_store = device, disk_store
@@ -253,11 +245,9 @@ class TensorPool:
 
 @dataclass(frozen=True)
 class HiddenLayout:
-    """Dimensions of the hidden states of a model's blocks; samples are stored as rows [batch, tokens, all others].
-
-    Most models pass [batch, tokens, width]. Hyper-connections have several streams side by side ([batch, tokens,
-    streams, width]), Gemma 3n has them in front ([streams, batch, tokens, width]), XLNet has tokens first.
-    """
+    """Dimensions of the hidden states of a model's blocks; samples are stored as rows [batch, tokens, all others]. Most
+    models pass [batch, tokens, width]. Hyper-connections have several streams side by side ([batch, tokens, streams,
+    width]), Gemma 3n has them in front ([streams, batch, tokens, width]), XLNet has tokens first."""
 
     batch: int = 0
     tokens: int = 1

@@ -44,11 +44,9 @@ class CapturedInputs:
         state: SharedState | None = None, store_state: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Run a block on `hidden` [B, T, H] of the samples with these indices; returns [B, T, H] with gradients.
-
         Samples whose arguments cannot share a batch (one has no mask, another has) run in separate calls. Arguments are
         moved to the device of `hidden`; those in the model's dtype are cast to its dtype. `state` has what earlier
-        blocks produced for this one, and with `store_state` gets what it produces for later ones.
-        """
+        blocks produced for this one, and with `store_state` gets what it produces for later ones."""
         if hidden.shape[0] != len(samples):
             raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
         calls = self._calls[block_index]
@@ -71,10 +69,8 @@ class CapturedInputs:
         self, source: ModelSource, hidden: torch.Tensor, samples: Sequence[int], stop_at: str | None = None
     ) -> torch.Tensor:
         """Run the modules after the last block on its output `hidden` [B, T, H]; returns logits [B, T, vocabulary].
-
         With `stop_at`, returns the input of the module of that name instead, such as "lm_head". Modules that are not
-        loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls.
-        """
+        loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls."""
         given = self.links.layout.hidden(hidden.to(self.dtype))
 
         def forward(index: int, block: nn.Module, _run: Any, own: torch.Tensor, _arguments: Any) -> Any:

@@ -34,9 +34,7 @@ class ImatrixFile:
 
     def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
         """Importance, [in] or [experts, in], of the tensor `name` of `shape` [out, in] or [experts, out, in], or None.
-
-        Raises DataError when the sizes differ. (In the legacy format the experts of a tensor are one row.)
-        """
+        Raises DataError when the sizes differ. (In the legacy format the experts of a tensor are one row.)"""
         found = self.importance.get(name)
         if found is None:
             return None
@@ -50,10 +48,8 @@ class ImatrixFile:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
-    """Read an importance matrix of either format.
-
-    Raises DataError for a file that cannot be read, is truncated or malformed, or has NaN, Inf or negative values.
-    """
+    """Read an importance matrix of either format. Raises DataError for a file that cannot be read, is truncated or
+    malformed, or has NaN, Inf or negative values."""
     path = Path(path)
     try:
         with open(path, "rb") as file:
@@ -69,15 +65,10 @@ def write_imatrix(
     path: str | os.PathLike[str], sums: Mapping[str, torch.Tensor], tokens: Mapping[str, int | torch.Tensor],
     chunk_size: int,
 ) -> None:  # fmt: skip
-    """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes.
-
-    Args:
-        sums: sums of squares by the tensor's name in the GGUF file, [in] or [experts, in].
-        tokens: number of tokens of each: an integer, or one per expert.
-        chunk_size: tokens of one sample.
-
-    Raises OutputError when the file cannot be written, DataError when there are no sums, or they have NaN or Inf.
-    """
+    """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes. `sums`: sums of squares by
+    the tensor's name in the GGUF file, [in] or [experts, in]; `tokens`: number of tokens of each: an integer, or one
+    per expert; `chunk_size`: tokens of one sample. Raises OutputError when the file cannot be written, DataError when
+    there are no sums, or they have NaN or Inf."""
     if not sums:
         raise DataError(f"no importance was collected; there is nothing to write to {path}")
     counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sorted(sums)}

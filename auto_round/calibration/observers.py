@@ -1,7 +1,6 @@
 """Observe a running block: second moments, ranges and Hessians of the inputs of its layers, and attention states.
 
-Second moments (sum of x**2 per channel) are the importance of a channel; ranges give static activation scales. The
-Hessian A = sum x x' over tokens says what rounding one weight means for the others: with D the change of a layer's
+The Hessian A = sum x x' over tokens says what rounding one weight means for the others: with D the change of a layer's
 weight, tr(D A D') is the summed squared error of its outputs. A whole one may be larger than the layer, so channels are
 split into bands of at most 4096 (fewer if a block has many layers); pairs across bands are dropped.
 """
@@ -36,11 +35,9 @@ _O = TypeVar("_O", bound="InputObserver")
 
 
 class InputObserver(ABC):
-    """Statistics of the inputs of layers, by layer name.
-
-    `mask`, bool [B, T], says which positions count in the next run of the block; None counts all. An input of another
-    shape than [B, T, in] (an expert sees its own tokens only) counts whole.
-    """
+    """Statistics of the inputs of layers, by layer name. `mask`, bool [B, T], says which positions count in the next
+    run of the block; None counts all. An input of another shape than [B, T, in] (an expert sees its own tokens only)
+    counts whole."""
 
     every_token = False  # the mask excludes padding only, not positions without a loss
     mask: torch.Tensor | None = None
@@ -131,11 +128,9 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         self[name] = (low, high)
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a layer's inputs.
-
-        An expert without tokens gets those of the other experts of its block, any other layer that never ran those of
-        all layers. Raises NumericsError when the inputs have NaN or Inf, or no layer ran.
-        """
+        """Minimum and maximum of a layer's inputs. An expert without tokens gets those of the other experts of its
+        block, any other layer that never ran those of all layers. Raises NumericsError when the inputs have NaN or Inf,
+        or no layer ran."""
         found = [self[name]] if name in self else []
         if not found and _EXPERT.search(name):
             experts = _EXPERT.sub("experts.*.", name)
@@ -162,11 +157,9 @@ def hessian_bytes(widths: Sequence[int]) -> int:
 
 
 class InputHessian(InputObserver):
-    """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum.
-
-    `band` is the number of channels of one diagonal block, which `observing` chooses by the widths of the layers,
-    `passes` how often a layer will run, each time on about as many tokens.
-    """
+    """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum. `band` is the
+    number of channels of one diagonal block, which `observing` chooses by the widths of the layers, `passes` how often
+    a layer will run, each time on about as many tokens."""
 
     def __init__(self, band: int = _BAND_WIDTHS[0], passes: int = 1) -> None:
         self.band, self.passes = band, passes
@@ -209,9 +202,7 @@ class InputHessian(InputObserver):
 
     def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:
         """The Hessian of a layer: float32 [n, n] for each band of channels, the same tensors for layers of one input.
-
-        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only.
-        """
+        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only."""
         leader = self._leaders.get(name)
         if leader is None or self._mixed & {name, leader} or not least <= self._seen[name] == self._seen[leader]:
             return None
@@ -228,10 +219,8 @@ class InputHessian(InputObserver):
 
 class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
     """Largest absolute value of each head of keys, values or queries, float32 [heads], by name such as "self_attn.k".
-
     Padding is excluded, but positions without a loss count: they are in the cache too. `expected` are names that the
-    code of the attention passes on, so that they must be observed when their block runs.
-    """
+    code of the attention passes on, so that they must be observed when their block runs."""
 
     every_token = True
 
@@ -257,11 +246,9 @@ class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
         self[name] = heads
 
     def of(self, name: str, heads: int) -> torch.Tensor:
-        """The largest absolute values of the states `name`, float32 [heads].
-
-        Raises LibraryError when nothing was observed although the code of the attention passes these states on,
-        UnsupportedError for attention that does not or has another number of heads, NumericsError for NaN or Inf.
-        """
+        """The largest absolute values of the states `name`, float32 [heads]. Raises LibraryError when nothing was
+        observed although the code of the attention passes these states on, UnsupportedError for attention that does not
+        or has another number of heads, NumericsError for NaN or Inf."""
         if name not in self and name in self.expected:
             raise library_error(
                 f"{name}: the attention ran, but none of the states that it passes to its key-value cache or "
@@ -311,11 +298,9 @@ class _ObservingCache:
 
 @contextmanager
 def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> Iterator[KVCacheObserver]:
-    """Observe the keys and values, and on request the queries, of the attention modules that run inside.
-
-    Keys and values are observed as the attention passes them to its cache, where a runtime rounds them, by one that
-    stores nothing; queries as they enter the attention function. Everything is restored at the end.
-    """
+    """Observe the keys and values, and on request the queries, of the attention modules that run inside. Keys and
+    values are observed as the attention passes them to its cache, where a runtime rounds them, by one that stores
+    nothing; queries as they enter the attention function. Everything is restored at the end."""
     states = "kvq" if queries else "kv"
     observer = KVCacheObserver(f"{a.name}.{state}" for a in attentions for state in states if state in a.shows)
     with ExitStack() as stack:

@@ -17,10 +17,8 @@ from auto_round.schemes import ActivationScheme
 
 
 def activation_function(scheme: ActivationScheme) -> QuantFunc:
-    """The registered function that quantizes inputs: `act_` and the data type's name, or the data type's own.
-
-    Raises UnsupportedError when there is none, or none for the static scales of the scheme.
-    """
+    """The registered function that quantizes inputs: `act_` and the data type's name, or the data type's own. Raises
+    UnsupportedError when there is none, or none for the static scales of the scheme."""
     function = find_quant_func(ACTIVATION_PREFIX + scheme.data_type, scheme.bits, scheme.sym)
     function = function or find_quant_func(scheme.data_type, scheme.bits, scheme.sym)
     if function is None:

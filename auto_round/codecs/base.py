@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from auto_round.codecs.ggml.types import GgmlType, ggml_type_of
 from auto_round.codecs.quantized_layer import Codes
 from auto_round.codecs.tunable import TunableGrid
 from auto_round.errors import ConfigError, UnsupportedError
@@ -90,7 +91,6 @@ class Codec(ABC):
     # Scales are tuned without being asked for by a rate of their own. Where few can be stored, or one scales a
     # super-block of 256 weights, a step of a scale undoes what rounding deltas have learned (docs/tuning.md).
     tunes_scales: ClassVar[bool] = False
-    ggml: str | None = None  # name of the ggml type
 
     def __init__(self, scheme: Scheme) -> None:
         self.scheme = scheme
@@ -100,6 +100,11 @@ class Codec(ABC):
         """The scheme in reports and messages."""
         assert isinstance(self.scheme, QuantizationScheme)
         return self.scheme.describe()
+
+    @property
+    def ggml_type(self) -> GgmlType | None:
+        """The ggml type that stores codes of exactly these bits, groups and symmetry, or None."""
+        return ggml_type_of(self.scheme) if isinstance(self.scheme, QuantizationScheme) else None
 
     def problem(self) -> str | None:
         """What is wrong with bits or group size, as `bits=9; ...`, or None."""

@@ -48,11 +48,9 @@ def _powers(exponents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """Scales 2**-127 .. 2**127, one byte each (E8M0, OCP MX v1.0, 5.4.1).
-
-    `up` False is `floor(log2(largest)) - emax` (OCP MX v1.0, 6.3), with which the largest values may saturate; True the
-    smallest power with which none does ("round up", as NVIDIA's conversion instructions).
-    """
+    """Scales 2**-127 .. 2**127, one byte each (E8M0, OCP MX v1.0, 5.4.1). `up` False is `floor(log2(largest)) - emax`
+    (OCP MX v1.0, 6.3), with which the largest values may saturate; True the smallest power with which none does ("round
+    up", as NVIDIA's conversion instructions)."""
 
     has_global_scale: ClassVar[bool] = False  # stored scales are relative to one of the whole tensor
     element: MinifloatType
@@ -79,10 +77,8 @@ class PowerOfTwo:
 
 @dataclass(frozen=True)
 class BlockScale:
-    """Positive e4m3 scales, multiplied by a float32 global scale of the whole tensor (NVFP4).
-
-    A scale that would round to zero becomes the smallest e4m3 value; with `of_inputs` the group becomes zeros instead.
-    """
+    """Positive e4m3 scales, multiplied by a float32 global scale of the whole tensor (NVFP4). A scale that would round
+    to zero becomes the smallest e4m3 value; with `of_inputs` the group becomes zeros instead."""
 
     has_global_scale: ClassVar[bool] = True
     element: MinifloatType
@@ -174,13 +170,10 @@ def encode(
     tensor: Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: Tensor | None = None,
     v: Tensor | None = None, global_scale: Tensor | None = None,
 ) -> FloatCodes:  # fmt: skip
-    """The exact codes of a weight [out, in], computed in float32, a few rows at a time.
-
-    Args:
-        scale: stored scales to use, in the returned shape; None computes them by the rule.
-        v: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in units of the element's step at each weight.
-        global_scale: for types that have one; None computes it from the tensor.
-    """
+    """The exact codes of a weight [out, in], computed in float32, a few rows at a time. `scale`: stored scales to use,
+    in the returned shape; None computes them by the rule; `v`: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in
+    units of the element's step at each weight; `global_scale`: for types that have one; None computes it from the
+    tensor."""
     out, columns = int(tensor.shape[0]), int(tensor.shape[1])
     blocks = as_blocks(tensor, group_size)
     r, m, c, n = blocks.shape
@@ -212,10 +205,8 @@ def search_scales(
     global_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Stored scales float32 [R, C] of a weight [out, in]: of each block the one with the least importance-weighted
-    squared error among that of the rule and its neighbours.
-
-    `importance`: [in], >= 0, the second moment of each input channel; None weighs all alike.
-    """
+    squared error among that of the rule and its neighbours. `importance`: [in], >= 0, the second moment of each input
+    channel; None weighs all alike."""
     blocks = as_blocks(weight, group_size)
     _, _, c, n = blocks.shape
     given = torch.ones(weight.shape[1]) if importance is None else importance

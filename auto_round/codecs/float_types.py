@@ -1,14 +1,4 @@
-"""The built-in float data types: MXFP4, MXFP8, MXINT4, NVFP4, FP8 and W4FP8, each with its scale rule.
-
-| data type | element | group | scale |
-|---|---|---|---|
-| `mx_fp` 4 bits, `mx_fp4` | e2m1 | 32 | power of two, floor rule of OCP MX v1.0, 6.3 |
-| `mx_fp` 8 bits, `mx_fp8`, `mx_fp8e5m2` | e4m3, e5m2 | 32 | the same |
-| each with `_rceil` | the same | 32 | power of two, rounded up, so that no value is clipped |
-| `mx_int`, `mx_int4` | sign and magnitude in quarters, no -2 | 32 | power of two, floor rule |
-| `nv_fp`, `nv_fp4` | e2m1 | 16 | e4m3 under one float32 scale per tensor, `g = 448 * 6 / largest` |
-| `fp`, `fp8`, `fp8_e5m2` | e4m3, e5m2 | any | largest / 448 (57344); bfloat16 for weights, float32 for inputs |
-| `w4fp8` | 4-bit integers over e4m3 values | any | bfloat16 per group times one scale per tensor |
+"""The built-in float data types: MXFP4, MXFP8, MXINT4, NVFP4, FP8 and W4FP8, with their scale rules (docs/schemes.md).
 
 The scale of an MX group of zeros is 2**-127. An NVFP4 group so small that its scale rounds to zero gets the smallest
 scale for weights (readers multiply with it), and zeros for inputs (as in the kernels and in compressed-tensors).
@@ -94,11 +84,8 @@ def quant_tensor_w4fp8(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
     """Quantize and dequantize: round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q`
-    of 2 to 8 bits in groups, `w = s8 * (s * q)`. The groups' scales are bfloat16 whatever `scale_dtype` is.
-
-    Returns:
-        (dequantized tensor of the same shape and dtype, scale `s8 * s` float32 [out, groups], zero point 2**(bits-1)).
-    """
+    of 2 to 8 bits in groups, `w = s8 * (s * q)`. The groups' scales are bfloat16 whatever `scale_dtype` is. Returns
+    (dequantized tensor of the same shape and dtype, scale `s8 * s` float32 [out, groups], zero point 2**(bits-1))."""
     values, scale8, _ = quantize_float(tensor.float(), _E4M3_SPEC, 0)
     factor = scale8.reshape(())
     offset = v / factor if isinstance(v, Tensor) else v / float(factor)

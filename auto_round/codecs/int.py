@@ -138,10 +138,8 @@ def search_qparams(
     groups: Tensor, bits: int, sym: bool, importance: Tensor | None = None, scale_dtype: torch.dtype = torch.float16
 ) -> QuantParams:
     """Scales [rows, groups, 1] and zero points of groups [rows, groups, group_size] with the least importance-weighted
-    squared error among the candidates and the plain ones, as `scale_dtype` stores them.
-
-    `importance`: [groups, group_size], >= 0, the second moment of each input channel; None weighs all alike.
-    """
+    squared error among the candidates and the plain ones, as `scale_dtype` stores them. `importance`: [groups,
+    group_size], >= 0, the second moment of each input channel; None weighs all alike."""
     rows, count, size = groups.shape
     ones = torch.ones(count * size, device=groups.device)
     weights = normalized_importance(ones if importance is None else importance.to(groups.device)).view(1, count, size)

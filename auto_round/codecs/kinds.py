@@ -14,7 +14,7 @@ from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, Tu
 from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, effective_scale, encode, search_scales, spec_for_bits
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of
 from auto_round.codecs.int import (
     QuantParams,
     concat_qparams,
@@ -33,10 +33,8 @@ from auto_round.schemes import QuantizationScheme
 
 def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = None) -> Codec:
     """The codec of a scheme; for a layer of that width, where a type needs whole blocks. Raises UnsupportedError when
-    there is no such data type, or not with that many bits.
-
-    `ggml`: name of the ggml type that stores the layer, where a plan says so; plain integers may be both.
-    """
+    there is no such data type, or not with that many bits. `ggml`: name of the ggml type that stores the layer, where a
+    plan says so; plain integers may be both."""
     if scheme.bits >= 16:
         return Unquantized(scheme)
     if ggml is not None:
@@ -209,7 +207,7 @@ class GgmlCodec(Codec):
 
     def __init__(self, scheme: Scheme, kind: GgmlType) -> None:
         super().__init__(scheme)
-        self.kind, self.ggml = kind, kind.name
+        self.kind = kind
 
     def uses_feedback(self, asked: bool) -> bool:
         return True
@@ -316,5 +314,5 @@ def int_codec(scheme: Scheme) -> Codec:
 @register_codec("int_asym_dq", "int_sym_dq", "int_asym_float_zp")
 def ggml_codec(scheme: Scheme) -> Codec:
     """The codec of the ggml type that a scheme describes exactly, else of its function."""
-    kind = ggml_type_of(scheme) if isinstance(scheme, QuantizationScheme) else None
-    return FunctionCodec(scheme) if kind is None else GgmlCodec(scheme, kind)
+    function = FunctionCodec(scheme)
+    return function if function.ggml_type is None else GgmlCodec(scheme, function.ggml_type)

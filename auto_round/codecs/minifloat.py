@@ -170,10 +170,8 @@ def register_minifloat(element: MinifloatType) -> MinifloatType:
 def dequantize_minifloat(
     codes: Tensor, element: MinifloatType, scale: Tensor, group_size: GroupSize, global_scale: Tensor | None = None
 ) -> Tensor:
-    """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32.
-
-    `scale` is one for each block, [R, C], or one for all.
-    """
+    """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32. `scale` is
+    one for each block, [R, C], or one for all."""
     factors, shape = scale.float(), (int(codes.shape[0]), int(codes.shape[1]))
     if global_scale is not None:
         factors = factors / global_scale.float().reshape(())

@@ -23,10 +23,8 @@ def group_count(in_features: int, group_size: int) -> int:
 
 class Codes(ABC):
     """A quantized matrix [out, in], as a frozen dataclass of tensors, numbers and names; each kind is a subclass.
-
-    `ggml` is the ggml type that stores it, such as "Q4_K", or None. `not_finite` says what is wrong when `is_finite`
-    is false.
-    """
+    `ggml` is the ggml type that stores it, such as "Q4_K", or None. `not_finite` says what is wrong when `is_finite` is
+    false."""
 
     codes: Tensor
     not_finite = "NaN or Inf in the weights or their scales; check the layer's weights"
@@ -47,9 +45,7 @@ class Codes(ABC):
     @abstractmethod
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
         """What a file must hold of `layer`, in normal form: equal parts for equal contents, however they are held.
-
-        Without codes that is the weight in `dtype`.
-        """
+        Without codes that is the weight in `dtype`."""
 
     def is_finite(self) -> bool:
         """Whether all scales (without codes, all weights) are finite."""

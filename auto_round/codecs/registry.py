@@ -23,12 +23,10 @@ FP16_MAX = 65504.0
 
 
 def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
-    """Register a quantization function under one name or several, each of which can be registered once.
-
-    The function is called as `fn(tensor, bits, group_size, v, min_scale, max_scale, scale_dtype, q_scale_thresh,
-    imatrix, data_type, **kwargs)` and returns `(qdq, scale, zp)`: `qdq` has the shape and dtype of `tensor`, and
-    gradients reach `v`, `min_scale` and `max_scale`.
-    """
+    """Register a quantization function under one name or several, each of which can be registered once. The function is
+    called as `fn(tensor, bits, group_size, v, min_scale, max_scale, scale_dtype, q_scale_thresh, imatrix, data_type,
+    **kwargs)` and returns `(qdq, scale, zp)`: `qdq` has the shape and dtype of `tensor`, and gradients reach `v`,
+    `min_scale` and `max_scale`."""
     keys = [names] if isinstance(names, str) else list(names)
 
     def register(function: F) -> F:
@@ -52,16 +50,10 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def reshape_pad_tensor_by_group_size(tensor: Tensor, group_size: GroupSize, value: float = 0.0) -> tuple[Tensor, int]:
-    """Cut the last dimension into groups, padded with `value`.
-
-    Args:
-        tensor: [..., in]; more than two dimensions are flattened to rows of `in`.
-        group_size: >0 groups of that many; -1, or a size above `in`: one group a row; 0: the whole tensor is one group;
-            (M, N): blocks of M rows and N columns.
-
-    Returns:
-        The groups, [groups, group_size] (blocks: [rows/M, columns/N, M, N]), and the number of columns before padding.
-    """
+    """Cut the last dimension into groups, padded with `value`. `tensor`: [..., in]; more than two dimensions are
+    flattened to rows of `in`; `group_size`: >0 groups of that many; -1, or a size above `in`: one group a row; 0: the
+    whole tensor is one group; (M, N): blocks of M rows and N columns. Returns the groups, [groups, group_size] (blocks:
+    [rows/M, columns/N, M, N]), and the number of columns before padding."""
     columns = int(tensor.shape[-1]) if tensor.dim() else 1
     flat = tensor.reshape(-1, columns)
     if isinstance(group_size, tuple):

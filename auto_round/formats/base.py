@@ -278,9 +278,7 @@ class OutputFormat:
         bias_dtype: torch.dtype | None = None, model_dtype: torch.dtype = torch.float32, transposed: bool = False,
     ) -> TensorSpecs:  # fmt: skip
         """Shapes and dtypes of the tensors that `pack` returns for the layer `name`; with `bias_dtype`, its bias too.
-
-        `model_dtype`: of the model's unquantized tensors. `transposed`: the module stores its weight as [in, out].
-        """
+        `model_dtype`: of the model's unquantized tensors. `transposed`: the module stores its weight as [in, out]."""
         specs = self.layout(scheme).specs(scheme, in_features, out_features, model_dtype)
         return _with_bias(name, specs, None if bias_dtype is None else ((out_features,), bias_dtype))
 
@@ -331,10 +329,8 @@ _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
 def register_format(name: str, *arguments: Any) -> Callable[[_Format], _Format]:
-    """Class decorator: register a format as `name`, made with these arguments; twice for two names.
-
-    Raises ConfigError when the name is taken.
-    """
+    """Class decorator: register a format as `name`, made with these arguments; twice for two names. Raises ConfigError
+    when the name is taken."""
 
     def decorate(cls: _Format) -> _Format:
         if name in FORMATS:
@@ -409,10 +405,8 @@ def require_cache(fmt: OutputFormat, cache: CacheScheme) -> None:
 
 
 def slow_kernel_notes(formats: Iterable[OutputFormat], layers: Sequence[tuple[str, int, int, int]]) -> list[str]:
-    """One warning for each fast kernel that does not support the sizes of some layers.
-
-    `layers`: (name, in_features, out_features, group size) of the quantized layers.
-    """
+    """One warning for each fast kernel that does not support the sizes of some layers. `layers`: (name, in_features,
+    out_features, group size) of the quantized layers."""
     notes = []
     for kernel, rule in dict(fmt.fast_kernel for fmt in formats if fmt.fast_kernel is not None).items():
         lost = [(name, why) for name, *sizes in layers if (why := rule.problem(*sizes)) is not None]

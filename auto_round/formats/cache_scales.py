@@ -19,12 +19,8 @@ _SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
 
 @dataclass(frozen=True)
 class CacheScheme:
-    """Granularity of the static scales.
-
-    Attributes:
-        keys_values: "tensor": one k_scale and one v_scale per layer; "head": one per key-value head.
-        queries: the same for q_scale, per query head; None for no q_scale.
-    """
+    """Granularity of the static scales. `keys_values`: "tensor": one k_scale and one v_scale per layer; "head": one per
+    key-value head; `queries`: the same for q_scale, per query head; None for no q_scale."""
 
     keys_values: str
     queries: str | None = None
@@ -47,11 +43,9 @@ class CacheScheme:
 def parse_cache_scheme(
     kv_dtype: Any, kv_granularity: Any, attention_dtype: Any, attention_granularity: Any
 ) -> CacheScheme | None:
-    """The scheme that `static_kv_dtype` and the other three options request, or None.
-
-    FP8 attention needs FP8 keys and values: `static_attention_dtype` alone adds their scales, of its own granularity.
-    Raises ConfigError for a value that is not allowed, or a granularity without a dtype.
-    """
+    """The scheme that `static_kv_dtype` and the other three options request, or None. FP8 attention needs FP8 keys and
+    values: `static_attention_dtype` alone adds their scales, of its own granularity. Raises ConfigError for a value
+    that is not allowed, or a granularity without a dtype."""
     for what, dtype, granularity in (
         ("static_kv", kv_dtype, kv_granularity), ("static_attention", attention_dtype, attention_granularity),
     ):  # fmt: skip

@@ -31,11 +31,9 @@ _SIZES = MappingProxyType({"int": SizeRule(32, 32, whole_groups=False)})
 
 
 def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
-    """The same weights without zero points of 0, for files that store zero points minus one.
-
-    0 - 1 wraps to 2**bits - 1: readers that add 1 to a whole word carry into the next zero point, others read 2**bits.
-    Negating the scale of such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M).
-    """
+    """The same weights without zero points of 0, for files that store zero points minus one. 0 - 1 wraps to 2**bits -
+    1: readers that add 1 to a whole word carry into the next zero point, others read 2**bits. Negating the scale of
+    such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M)."""
     own = layer.codes_as(IntCodes)
     zero = own.zero_point
     if not isinstance(zero, torch.Tensor) or bool(zero.all()):
@@ -91,7 +89,15 @@ class AutoRoundFormat(OutputFormat):
         }
         dense = plan.dense_in_blocks()
         extra = {name: entry for name in (*plan.layers, *dense) if (entry := self._extra(plan, name, default, dense))}
-        return config | ({"extra_config": {**_patterns(plan, extra), **extra}} if extra else {})
+        # Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern is
+        # written only if all layers that it matches have the same entry.
+        patterns: dict[str, dict[str, Any]] = {}
+        for pattern in plan.patterns:
+            names = (name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name))
+            first, *others = [extra.get(name, {}) for name in names] or [{}]
+            if first and all(entry == first for entry in others):
+                patterns[pattern] = first
+        return config | ({"extra_config": {**patterns, **extra}} if extra else {})
 
     def file_config(self, plan: ExportPlan) -> dict[str, Any] | None:
         """With both sizes of a block as `group_size`, which vLLM's loader requires and Transformers' config rejects."""
@@ -131,28 +137,11 @@ class AutoRoundFormat(OutputFormat):
         return {"bits": scheme.bits, **entry} if entry else {}
 
 
-def _patterns(plan: ExportPlan, extra: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Entries for the user's patterns, for scripts that look these up. Readers use the layers' entries; a pattern is
-    written only if all layers that it matches have the same entry."""
-    found: dict[str, dict[str, Any]] = {}
-    for pattern in plan.patterns:
-        names = [name for name in (*plan.layers, *plan.other_matrices, *plan.spare) if re.search(pattern, name)]
-        entries = [extra.get(name, {}) for name in names]
-        if entries and entries[0] and all(entry == entries[0] for entry in entries):
-            found[pattern] = entries[0]
-    return found
-
-
 class LayoutFormat(AutoRoundFormat):
     """Base class of a format with one `Layout` for all layers, described by AutoRound's `quantization_config`.
-
     Transformers opens the files of a plugin's when the layout is registered too
-    (`auto_round.inference.table.register_layout`).
-
-    Attributes:
-        stored_layout: packs a layer.
-        packing_format: name of the layout in the config.
-    """
+    (`auto_round.inference.table.register_layout`). `stored_layout`: packs a layer; `packing_format`: name of the layout
+    in the config."""
 
     stored_layout: ClassVar[Layout]
     packing_format: ClassVar[str]

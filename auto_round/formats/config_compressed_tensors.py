@@ -25,13 +25,9 @@ _SIZES = dict.fromkeys(("int", "mx_fp", "nv_fp", "fp"), _WHOLE_GROUPS)
 
 @dataclass(frozen=True)
 class _NumberType:
-    """One type of numbers in the library's words.
-
-    Attributes:
-        formats, layouts: of weights alone, and with quantized inputs: the library's names, and as packed here.
-        kind, strategy, scale_dtype: values of its `QuantizationArgs`; the strategy of groups.
-        group: the only group size, or None for any.
-    """
+    """One type of numbers in the library's words. `formats`, `layouts`: of weights alone, and with quantized inputs:
+    the library's names, and as packed here; `kind`, `strategy`, `scale_dtype`: values of its `QuantizationArgs`; the
+    strategy of groups; `group`: the only group size, or None for any."""
 
     formats: tuple[str, str]
     kind: str = "float"
@@ -82,9 +78,7 @@ def _input_arguments(inputs: ActivationScheme) -> dict[str, Any]:
 
 def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str]:
     """Exact names, or one `re:` pattern for names that differ only in numbers, if it matches no others in `everything`.
-
-    A pattern starts with `.*`, because other programs' wrappers prefix a model's names.
-    """
+    A pattern starts with `.*`, because other programs' wrappers prefix a model's names."""
     wanted = dict.fromkeys(names)
     alike: dict[str, set[str]] = defaultdict(set)
     for name in everything:
@@ -185,10 +179,8 @@ class CompressedTensorsFormat(OutputFormat):
 
 class PackedInt8Format(LayoutFormat):
     """The int8 tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens.
-
     Earlier versions wrote it as `auto_round:llm_compressor`. It is not registered; the model that `quantize()` returns
-    describes its int8 layers with it.
-    """
+    describes its int8 layers with it."""
 
     stored_layout: ClassVar[Layout] = PLAIN_INT
     packing_format: ClassVar[str] = LLM_COMPRESSOR

@@ -125,9 +125,7 @@ class MlxFormat(OutputFormat):
 @register_format("auto_round:mlx")
 class AutoRoundMlxFormat(LayoutFormat):
     """MLX tensors under Transformers' names, with AutoRound's `quantization_config`, which this package's loader reads.
-
-    The `quantization` object is included, so mlx-lm opens the files of model types whose names it shares.
-    """
+    The `quantization` object is included, so mlx-lm opens the files of model types whose names it shares."""
 
     stored_layout: ClassVar[Layout] = MLX
     packing_format: ClassVar[str] = "mlx"

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlType
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
 from auto_round.formats.base import OutputFormat, TensorSpecs, register_format
@@ -32,7 +33,7 @@ class GgufFormat(OutputFormat):
         self.scheme = PRESET_SCHEMES[f"GGUF:{self.preset}"]  # of most layers
 
     def _type_of(self, scheme: QuantizationScheme) -> GgmlType:
-        if (kind := ggml_type_of(scheme)) is None:
+        if (kind := codec_of(scheme).ggml_type) is None:
             names = ", ".join(GGML_TYPES)
             raise UnsupportedError(f"no GGUF type stores it; the types are {names}, such as scheme GGUF:{self.preset}")
         return kind

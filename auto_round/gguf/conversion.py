@@ -57,10 +57,8 @@ class Conversion:
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
     def place(self, name: str) -> list[Placement]:
-        """Placements of the source tensor `name`; none for a skipped one.
-
-        Raises UnsupportedError for a tensor that the family does not have.
-        """
+        """Placements of the source tensor `name`; none for a skipped one. Raises UnsupportedError for a tensor that the
+        family does not have."""
         block = _BLOCK.search(name)
         prediction = block is not None and int(block[1]) >= self.settings.blocks  # of several tokens; not written
         if prediction or _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
@@ -91,10 +89,8 @@ class Conversion:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order.
-
-        Raises ModelError when parts of a tensor are missing, or have different shapes, and what `place` raises.
-        """
+        """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order. Raises ModelError
+        when parts of a tensor are missing, or have different shapes, and what `place` raises."""
         parts: dict[str, list[tuple[str, Placement, tuple[int, ...]]]] = {}
         for source, shape in self.sources.items():
             for placement in self.place(source):
@@ -135,17 +131,10 @@ def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
-    """The conversion of a model to GGUF.
-
-    Args:
-        config: its Transformers configuration, or the values of its config.json.
-        sources: shapes of its tensors by name; needed for the shapes in the file.
-
-    Raises:
-        UnsupportedError: the family is unknown, llama.cpp would run a different model, the architecture has no tensor
-            for a source, or the package gguf is missing.
-        ModelError: a configuration value or tensors are missing.
-    """
+    """The conversion of a model to GGUF. `config`: its Transformers configuration, or the values of its config.json;
+    `sources`: shapes of its tensors by name; needed for the shapes in the file. Raises UnsupportedError: the family is
+    unknown, llama.cpp would run a different model, the architecture has no tensor for a source, or the package gguf is
+    missing; ModelError: a configuration value or tensors are missing."""
     settings = HfConfig.of(config)
     kind = settings.model_type
     if kind not in FAMILIES:
@@ -189,10 +178,8 @@ class GgufPlan:
         return self.types[places[0].tensor] if places else None
 
     def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
-        """The plan with other types for some source tensors.
-
-        Raises ConfigError when parts of one tensor (stacked experts) are given different types.
-        """
+        """The plan with other types for some source tensors. Raises ConfigError when parts of one tensor (stacked
+        experts) are given different types."""
         found: dict[str, tuple[str, str]] = {}
         for source, kind in wanted.items():
             for place in self.places[source]:

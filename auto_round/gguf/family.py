@@ -13,10 +13,8 @@ from auto_round.errors import ConfigError, ModelError, UnsupportedError
 
 
 def _size(*names: str, default: Callable[[HfConfig], int] | None = None) -> property:
-    """A property: the size, shared by all layers, under the first of `names` that has a value.
-
-    Raises ModelError when none has one and there is no default, UnsupportedError when it varies by layer.
-    """
+    """A property: the size, shared by all layers, under the first of `names` that has a value. Raises ModelError when
+    none has one and there is no default, UnsupportedError when it varies by layer."""
 
     def size(self: HfConfig) -> int:
         value = self.need(*names) if default is None else self.get(*names, default=default(self))
@@ -121,13 +119,9 @@ _CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bo
 
 
 class Key(NamedTuple):
-    """One key of the file; without a value it is not written.
-
-    Attributes:
-        name: without the architecture, such as "block_count".
-        kind: its type, such as "uint32".
-        source: names in the configuration, of which the first with a value counts, or a function.
-    """
+    """One key of the file; without a value it is not written. `name`: without the architecture, such as "block_count";
+    `kind`: its type, such as "uint32"; `source`: names in the configuration, of which the first with a value counts, or
+    a function."""
 
     name: str
     kind: str
@@ -188,10 +182,8 @@ FAMILIES: dict[str, Family] = {}  # by model type
 
 
 def register_family(family: Family) -> Family:
-    """Make the models of `family.model_types` writable as GGUF.
-
-    Raises ConfigError when a model type belongs to another family.
-    """
+    """Make the models of `family.model_types` writable as GGUF. Raises ConfigError when a model type belongs to another
+    family."""
     for name in family.model_types:
         if FAMILIES.setdefault(name, family) != family:
             raise ConfigError(

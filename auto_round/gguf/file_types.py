@@ -148,13 +148,9 @@ def tensor_types(
     importance: bool = False,
 ) -> tuple[dict[str, str], dict[str, str]]:  # fmt: skip
     """The type of each tensor in a file of type `name`; the type by the rules where rows do not fill its blocks.
-
-    Args:
-        arch: llama.cpp's name of the architecture.
-        tensors: (name in the file, shape in torch's order); [experts, out, in] for stacked experts. Without an
-            `output.weight`, the token embedding is the head and gets the head's type.
-        importance: whether an importance matrix is used.
-    """
+    `arch`: llama.cpp's name of the architecture; `tensors`: (name in the file, shape in torch's order); [experts, out,
+    in] for stacked experts. Without an `output.weight`, the token embedding is the head and gets the head's type;
+    `importance`: whether an importance matrix is used."""
     roles = {tensor: next((role for part, role in _ROLES if part in tensor), "") for tensor, _ in tensors}
     tied = "output.weight" not in roles
     roles |= {"output.weight": "output", **dict.fromkeys(_EMBEDDINGS, "output" if tied else "embedding")}

@@ -59,16 +59,14 @@ class Packing:
     names: tuple[str, ...]  # values of `packing_format` in a config that mean it, the one to write first
 
     def read(self, values: Mapping[str, Any], acts: dict[str, Any], where: str) -> LayerFormat:
-        """The format of a layer that a config describes by `values` and, for its activations, `acts`.
-
-        Raises UnsupportedError when there is none, ConfigError for malformed values; `where` names the layer.
-        """
+        """The format of a layer that a config describes by `values` and, for its activations, `acts`. Raises
+        UnsupportedError when there is none, ConfigError for malformed values; `where` names the layer."""
         bits, size, data_type = read_int(values, "bits", 4), values.get("group_size", 128), values.get("data_type")
         if type(size) is not int:
             raise UnsupportedError(f"{where} has group_size={size!r}; this version runs groups along the input only")
-        if data_type not in (None, "", "int"):
-            raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
         assert isinstance(self.layout, IntegerLayout)
+        if str(data_type or "int") not in self.layout.families:
+            raise UnsupportedError(f"{where} has data type {data_type!r}; this version runs integer weights only")
         if bits not in self.layout.bits:
             raise UnsupportedError(f"{where} has {bits}-bit weights; this version runs {self.layout.bits}")
         if acts and not self.layout.activations:
@@ -186,12 +184,9 @@ class CheckpointConfig:
         self._rules = list(zip(patterns, excluding, rules.values(), strict=True))
 
     def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
-        """The format of the linear layer `name`, or None when it is in full precision.
-
-        Args:
-            in_block: whether it is in a quantized block. Outside blocks a layer is quantized only when it is named.
-            names: names that the config may use for it; default: `name` alone.
-        """
+        """The format of the linear layer `name`, or None when it is in full precision. `in_block`: whether it is in a
+        quantized block. Outside blocks a layer is quantized only when it is named; `names`: names that the config may
+        use for it; default: `name` alone."""
         names = tuple(names) or (name,)
         entry = next((found for n in names if (found := self._entry(n, in_block)) is not None), None)
         if entry is not None:
@@ -223,10 +218,8 @@ class CheckpointConfig:
 
 
 def read_config(config: Any) -> CheckpointConfig:
-    """Parse a `quantization_config`: a mapping or an object such as Transformers' AutoRoundConfig.
-
-    Raises UnsupportedError for what this version cannot run, ConfigError for malformed values.
-    """
+    """Parse a `quantization_config`: a mapping or an object such as Transformers' AutoRoundConfig. Raises
+    UnsupportedError for what this version cannot run, ConfigError for malformed values."""
     with _malformed_as_config_error():
         return CheckpointConfig(_auto_round_values(config))
 
@@ -339,10 +332,8 @@ def resolve_layers(
     config_names: Callable[[str], Sequence[str]] = lambda name: (name,),
 ) -> dict[str, LayerFormat]:  # fmt: skip
     """The format of every quantized layer among `names`, the linear layers of the model. Raises ModelError for none.
-
     `find_blocks` gives the names of the model's blocks, used when the config names none, or none that exists;
-    `config_names` the names that the config may use for a layer.
-    """
+    `config_names` the names that the config may use for a layer."""
     prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
     inside = {n for n in names if any(called.startswith(prefixes) for called in config_names(n))}
     if not inside and config.everywhere and not prefixes:

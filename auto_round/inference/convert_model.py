@@ -45,10 +45,8 @@ _DROPPED_KEYS = (
 
 
 def infer_target_device(device_map: object = None) -> str:
-    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run.
-
-    Of several devices the first accelerator counts. Raises DeviceError for a value that is not a device map.
-    """
+    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run. Of several
+    devices the first accelerator counts. Raises DeviceError for a value that is not a device map."""
     here = available_devices()
     if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
         return "hpu" if "hpu" in here else "cpu"
@@ -67,10 +65,8 @@ def infer_target_device(device_map: object = None) -> str:
 
 def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[str]]:
     """Replace the quantized layers of `model`, usually on meta, in place. Returns (model, names of the backends used).
-
     Its `config.quantization_config` describes the checkpoint. Raises ConfigError when there is none, ModelError when
-    config and files contradict each other, UnsupportedError for a data type, packing or backend that cannot be run.
-    """
+    config and files contradict each other, UnsupportedError for a data type, packing or backend that cannot be run."""
     ensure_logging()
     load_plugins()
     stored_config = getattr(getattr(model, "config", None), "quantization_config", None)
@@ -239,10 +235,8 @@ def build_layer(
     fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool = False,
     backend: str = "",
 ) -> PackedLinear:  # fmt: skip
-    """An empty module for a layer's layout, with the shape, dtype and device of `weight` [out, in].
-
-    `stored` are dtypes of the checkpoint's tensors; without them, `g_idx` tells whether there may be one.
-    """
+    """An empty module for a layer's layout, with the shape, dtype and device of `weight` [out, in]. `stored` are dtypes
+    of the checkpoint's tensors; without them, `g_idx` tells whether there may be one."""
     kind: Any = ScaledMmLinear if backend == SCALED_MM else PackedLinear
     options: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "stored": stored, "device": weight.device}
     if isinstance(fmt.layout, GptqLayout):
@@ -362,10 +356,8 @@ def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
 
 def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
     """Register a buffer in the attention modules for every k_scale, v_scale and q_scale in `files`; returns how many.
-
     Transformers has no cache that uses them; they are only saved again. When the files are not known, scales that
-    `config`, the `quantization_config`, announces are ignored.
-    """
+    `config`, the `quantization_config`, announces are ignored."""
     if files is None:
         values = config if isinstance(config, Mapping) else vars(config)
         if any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):
@@ -384,10 +376,8 @@ def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Sto
 
 def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
     """Rewrite a `model.config.quantization_config` with GPTQ's or AWQ's keys in place, with AutoRound's keys.
-
     Transformers saves it with quant_method "auto-round", whose readers only use those. A plain mapping, which did not
-    come from Transformers, is not changed. `names` reads the names in the files, which layers get again.
-    """
+    come from Transformers, is not changed. `names` reads the names in the files, which layers get again."""
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict):
         return

@@ -18,7 +18,6 @@ from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.inference.config import LayerFormat
 from auto_round.inference.kernels import IntegerWeight, JoinedKernels, LinearKernel, kernel_class
-from auto_round.layouts.floats import FloatLayout
 from auto_round.layouts.integers import GptqLayout, dequantize_chunked
 from auto_round.logger import warn_once
 from auto_round.modeling.experts import RoutedExperts
@@ -47,9 +46,7 @@ def compute_dtype_for(device: torch.device | str, dtype: torch.dtype) -> torch.d
 class PackedLinear(nn.Module):
     """y = q(x) W^T + bias, with W [out, in] packed in buffers that are named and shaped as in the checkpoint (`leaves`,
     the codes first), and q the quantization of inputs, if any. `backend` is the name of the table's row that runs it.
-
-    All buffers but `bias` keep the file's dtype when the module is cast, which would damage every weight.
-    """
+    All buffers but `bias` keep the file's dtype when the module is cast, which would damage every weight."""
 
     bias: torch.Tensor | None
     backend: str = TORCH_BACKEND
@@ -59,10 +56,8 @@ class PackedLinear(nn.Module):
         dtype: torch.dtype = torch.float32, stored: Mapping[str, torch.dtype] | None = None,
         device: torch.device | str | None = None,
     ) -> None:  # fmt: skip
-        """An empty layer. Raises UnsupportedError when the layout cannot hold a layer of this shape.
-
-        `dtype` is the model's, `stored` are those of the file's tensors: scales may have another than the layout's.
-        """
+        """An empty layer. Raises UnsupportedError when the layout cannot hold a layer of this shape. `dtype` is the
+        model's, `stored` are those of the file's tensors: scales may have another than the layout's."""
         super().__init__()
         problem = fmt.layout.mismatch(fmt.scheme, in_features, out_features)
         if problem is not None:
@@ -96,9 +91,7 @@ class PackedLinear(nn.Module):
     def prepare(self, name: str = "") -> None:
         """Check the filled buffers. Raises ModelError, with the layer's `name`, when a scale is not finite."""
         for leaf in self.leaves[1:]:
-            scale = self.get_buffer(leaf)
-            e8m0 = scale.dtype == torch.uint8 and isinstance(self.format.layout, FloatLayout)
-            if not bool((scale != 255 if e8m0 else torch.isfinite(scale.float())).all()):
+            if not self.format.layout.is_finite(self.get_buffer(leaf)):
                 raise ModelError(f"{name or 'layer'}: {leaf} holds NaN or Inf; fetch the files again")
 
     def layer(self, name: str = "") -> QuantizedLayer:
@@ -166,10 +159,8 @@ class ScaledMmLinear(PackedLinear):
 
 class QuantLinear(PackedLinear):
     """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout, and `g_idx` int32 [in] where the file has one.
-
     With a kernel (`use_kernel`) the codes are stored in the kernel's layout only, and `qweight` is None; the state dict
-    always has the checkpoint's layout.
-    """
+    always has the checkpoint's layout."""
 
     qweight: torch.Tensor | None
     qzeros: torch.Tensor
@@ -230,9 +221,7 @@ class QuantLinear(PackedLinear):
     @torch.no_grad()
     def use_kernel(self, kind: type[LinearKernel]) -> None:
         """Move the codes to a kernel, after `prepare`. With `g_idx`, columns and later the inputs are sorted by group.
-
-        Raises UnsupportedError, and changes nothing, when the kernel cannot run a layer with these values.
-        """
+        Raises UnsupportedError, and changes nothing, when the kernel cannot run a layer with these values."""
         (codes, scales, zeros), order = self._arrays(), None
         if self.g_idx is not None and not self._in_order:
             order = torch.argsort(self.g_idx, stable=True)
@@ -358,10 +347,8 @@ class PackedExperts:
 
 
 def enable_grouped_experts(model: nn.Module) -> int:
-    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do.
-
-    All experts of a projection must have kernels of one class and equal sizes, without a column permutation.
-    """
+    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do. All
+    experts of a projection must have kernels of one class and equal sizes, without a column permutation."""
     found = 0
     for experts in model.modules():
         if isinstance(experts, RoutedExperts):

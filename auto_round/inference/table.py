@@ -224,10 +224,8 @@ def register_backend(backend: Backend) -> Backend:
 
 def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) -> None:
     """Let Transformers open layers that a plugin's format wrote, in plain PyTorch: `layout` reads those whose
-    `quantization_config` says `packing_format`, `auto_round:NAME` by convention.
-
-    Raises ConfigError when the packing is known already, or its codes have the name of a dense weight.
-    """
+    `quantization_config` says `packing_format`, `auto_round:NAME` by convention. Raises ConfigError when the packing is
+    known already, or its codes have the name of a dense weight."""
     packing = PluginPacking(packing_format, layout, (packing_format,))
     if PACKINGS.get(packing_format, packing) != packing:
         raise ConfigError(f"packing_format {packing_format!r} is already registered")
@@ -253,10 +251,8 @@ def backend_names() -> list[str]:
 
 def requested_rows(requested: str) -> tuple[Backend, ...]:
     """The rows of a requested backend, the highest priority first. Raises ConfigError when there is no such backend.
-
     `requested`: "auto", the name of a row or group, or several of them separated by commas. A row of a group also
-    selects the others of its group: a layer's packing decides which of them runs it.
-    """
+    selects the others of its group: a layer's packing decides which of them runs it."""
     wanted = _split_names(requested)
     for word in wanted:
         if word not in backend_names():
@@ -277,9 +273,7 @@ def choose_backend(
     fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None
 ) -> BackendChoice:
     """The backend for a layer stored as `fmt` that will run on `device` ("cpu", "cuda", ...); `requested` as above.
-
-    Raises ConfigError when there is no such backend, UnsupportedError when none can run this layer.
-    """
+    Raises ConfigError when there is no such backend, UnsupportedError when none can run this layer."""
     device = device.split(":")[0]
     rejected: list[str] = []
     missing: list[Backend] = []
@@ -309,11 +303,9 @@ def usable(backend: Backend, here: tuple[str, ...]) -> tuple[bool, str]:
 def choose_backends(
     layers: Mapping[str, tuple[LayerFormat, LayerSpec]], device: str, requested: str = AUTO
 ) -> dict[str, BackendChoice]:
-    """The backend of each layer that will run on `device`, from how it is stored and its sizes.
-
-    Layers that the requested backend cannot run get that of `auto`, and one warning says which and why; an info names
-    the package that would make the model faster. Raises the errors of `choose_backend` when a layer, or all cannot run.
-    """
+    """The backend of each layer that will run on `device`, from how it is stored and its sizes. Layers that the
+    requested backend cannot run get that of `auto`, and one warning says which and why; an info names the package that
+    would make the model faster. Raises the errors of `choose_backend` when a layer, or all cannot run."""
     rows = requested_rows(requested)
     kinds: dict[tuple[LayerFormat, LayerSpec], list[str]] = {}
     for name, kind in layers.items():

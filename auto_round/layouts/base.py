@@ -17,10 +17,7 @@ TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 class Layout(ABC):
     """One way to store a layer. Tensors have local names (`qweight`, not `name.qweight`); the bias is not included.
-
-    Attributes:
-        leaves: names of all tensors that a layer may have, the codes first; needed by `auto_round.inference`.
-    """
+    `leaves`: names of all tensors that a layer may have, the codes first; needed by `auto_round.inference`."""
 
     leaves: ClassVar[tuple[str, ...]]
 
@@ -51,6 +48,10 @@ class Layout(ABC):
     def group_size(self, scheme: QuantizationScheme) -> GroupSize:
         """The scheme's `group_size`, as stored."""
         return scheme.group_size
+
+    def is_finite(self, scale: torch.Tensor) -> bool:
+        """Whether all values of a tensor of scales or zero points are finite."""
+        return bool(torch.isfinite(scale.float()).all())
 
     def dequantize(
         self, scheme: QuantizationScheme, tensors: Tensors, in_features: int, out_features: int, dtype: torch.dtype

@@ -1,21 +1,8 @@
-"""The layouts of the small float types: MXFP4, MXFP8, MXINT4, NVFP4 and FP8.
+"""The layouts of the small float types: MXFP4, MXFP8, MXINT4, NVFP4 and FP8; docs/formats.md lists their tensors.
 
-| data type | bits | codes | scales |
-|---|---|---|---|
-| mx_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` uint8 [out, in/32], E8M0 |
-| mx_int | 4 | `weight_packed` uint8 [out, in/2], sign and magnitude | `weight_scale` uint8 [out, in/32], E8M0 |
-| mx_fp | 8 | `weight` float8 [out, in] | `weight_scale` uint8 [out, in/32], E8M0 |
-| nv_fp | 4 | `weight_packed` uint8 [out, in/2], e2m1 | `weight_scale` e4m3 [out, in/16] |
-| fp | 8 | `weight` float8 [out, in] | bfloat16, see `FloatLayout` |
-
-nv_fp adds `weight_global_scale` float32 [1]. Inputs quantized with a calibrated scale add `input_scale` [1] in
-the model's dtype (fp) or `input_global_scale` float32 [1] (nv_fp).
-
-    two 4-bit codes a byte   the even column in the low nibble, the odd one in the high nibble
-    E8M0 scales              one byte per scale, 2**(byte - 127); 255 is NaN (OCP MX v1.0, 5.4.1)
-    e4m3, e5m2 codes         the bytes of `torch.float8_e4m3fn`, `torch.float8_e5m2`
-
-Packing rounds nothing: a scale that its dtype cannot hold raises an error.
+Two 4-bit codes are a byte, the even column in the low nibble. E8M0 scales are one byte, 2**(byte - 127); 255 is NaN
+(OCP MX v1.0, 5.4.1). 8-bit codes are the bytes of `torch.float8_e4m3fn` and `torch.float8_e5m2`. Packing rounds
+nothing: a scale that its dtype cannot hold raises an error.
 """
 
 from __future__ import annotations
@@ -38,10 +25,8 @@ _NAN = 0x7FC00000
 
 
 def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """float32 powers of two from 2**-127 to 2**127 as uint8 bytes, in their shape.
-
-    Raises NumericsError for any other value.
-    """
+    """float32 powers of two from 2**-127 to 2**127 as uint8 bytes, in their shape. Raises NumericsError for any other
+    value."""
     bits = scale.float().contiguous().view(torch.int32)
     stored = (bits >> _MANTISSA_BITS).to(torch.uint8)  # the exponent's field; that of 2**-127 is zero
     if not torch.equal(unpack_e8m0(stored).view(torch.int32), bits) or bool((stored == 255).any()):
@@ -105,13 +90,9 @@ def float_family_of(data_type: str) -> str | None:
 
 @dataclass(frozen=True)
 class FloatLayout(Layout):
-    """Tensors of a small float layer; the attributes say how readers of FP8 layers differ.
-
-    Attributes:
-        channel_columns: per-channel scales are [out, 1] rather than [out].
-        block_scale: name of the scales of two-dimensional blocks.
-        tensor_scale: dtype of the per-tensor scale [1].
-    """
+    """Tensors of a small float layer; the attributes say how readers of FP8 layers differ. `channel_columns`:
+    per-channel scales are [out, 1] rather than [out]; `block_scale`: name of the scales of two-dimensional blocks;
+    `tensor_scale`: dtype of the per-tensor scale [1]."""
 
     channel_columns: bool
     block_scale: str
@@ -162,6 +143,9 @@ class FloatLayout(Layout):
         if SCALES[codec_of(scheme).family] == FP8_SCALE or not isinstance(size, int) or in_features % size == 0:
             return None
         return f"in_features={in_features} is not a multiple of the group size {size}"
+
+    def is_finite(self, scale: torch.Tensor) -> bool:
+        return bool((scale != 255).all()) if scale.dtype == torch.uint8 else super().is_finite(scale)
 
     def _scale(self, scheme: QuantizationScheme, columns: int, rows: int) -> tuple[str, tuple[int, ...], torch.dtype]:
         """Name, shape and dtype of the scales."""

@@ -1,17 +1,8 @@
-"""The layouts of integers in groups along the input: GPTQ, AWQ, MLX and those of compressed-tensors.
-
-| layout | codes | zero points | scales, float16 |
-|---|---|---|---|
-| GPTQ | `qweight` int32 [in*bits/32, out] | `qzeros` int32 [groups, out*bits/32] | `scales` [groups, out] |
-| AWQ, 4 bits | `qweight` int32 [in, out/8] | `qzeros` int32 [groups, out/8] | `scales` [groups, out] |
-| MLX | `weight` uint32 [out, in*bits/32] | `biases` [out, groups] = -scale * zero point | `scales` [out, groups] |
-| pack-quantized | `weight_packed` int32 [out, ceil(in*bits/32)], `weight_shape` int64 [2] | `weight_zero_point` int32 \
-[ceil(out*bits/32), groups] | `weight_scale` [out, groups] |
-| int-quantized | `weight` int8 [out, in], less 2**(bits-1) | `weight_zero_point` int8 | `weight_scale` [out, groups] |
+"""The layouts of integers in groups along the input: GPTQ, AWQ, MLX and those of compressed-tensors (docs/formats.md).
 
 Words are those of `bit_stream.py`: along the input for codes, along the output for zero points. AWQ packs both along
-the output, nibble i of word w for output 8w + AWQ_ORDER[i]. The last two, of compressed-tensors, store zero points only
-of asymmetric layers; static inputs add `input_scale` [1] in the model's dtype and, when asymmetric, `input_zero_point`.
+the output, nibble i of word w for output 8w + AWQ_ORDER[i]. MLX stores `biases`, -scale * zero point. int-quantized
+stores bytes less 2**(bits-1); it and pack-quantized store zero points only of asymmetric layers.
 
 GPTQ "v1" files (AutoGPTQ, `auto_round:auto_gptq`) hold zero points less 1, modulo 2**bits: 0 is stored as 2**bits - 1
 and read back as 0. Readers that add 1 without wrapping see 2**bits there, so asymmetric layers use other layouts by
@@ -60,15 +51,11 @@ def dequantize_chunked(codes: IntCodes, dtype: torch.dtype) -> torch.Tensor:
 
 
 class IntegerLayout(Layout):
-    """A layout of integers in groups along the input.
-
-    Attributes:
-        bits: widths that it holds.
-        group_sizes: the sizes it holds; empty for any.
-        activations: whether readers of the files quantize inputs to integers, where the scheme does.
-    """
+    """A layout of integers in groups along the input. `bits`: widths that it holds; `group_sizes`: the sizes it holds;
+    empty for any; `activations`: whether readers of the files quantize inputs to integers, where the scheme does."""
 
     bits: ClassVar[tuple[int, ...]]
+    families: ClassVar[tuple[str, ...]] = ("int",)
     group_sizes: ClassVar[tuple[int, ...]] = ()
     activations: ClassVar[bool] = False
 
@@ -78,11 +65,13 @@ class IntegerLayout(Layout):
             return f"it holds groups of {_choice(self.group_sizes)}, not group_size {scheme.group_size}; set group_size"
         if isinstance(scheme.group_size, tuple):
             return f"group_size {scheme.group_size} is a block, and the layout has groups along the input only"
-        if codec_of(scheme).family != "int":
+        if codec_of(scheme).family not in self.families:
             return f"data type {scheme.data_type!r} has no layout here"
         if inputs is not None and not self.activations:
             return "activations are quantized, and the integer layouts hold weights only"
-        if inputs is not None and (codec_of(inputs).family != "int" or isinstance(inputs.group_size, tuple)):
+        if inputs is not None and (
+            codec_of(inputs).family not in self.families or isinstance(inputs.group_size, tuple)
+        ):
             return f"activations of data type {inputs.data_type!r} with integer weights have no layout here"
         if scheme.super_bits is not None:
             return "doubly quantized scales need a gguf format"
@@ -126,11 +115,8 @@ def _choice(numbers: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class GptqLayout(IntegerLayout):
-    """GPTQ tensors with zero points stored minus `zero_offset`.
-
-    Attributes:
-        g_idx: add `g_idx` int32 [in], the group of each input column, which AutoGPTQ's readers expect.
-    """
+    """GPTQ tensors with zero points stored minus `zero_offset`. `g_idx`: add `g_idx` int32 [in], the group of each
+    input column, which AutoGPTQ's readers expect."""
 
     zero_offset: int
     g_idx: bool = False
@@ -155,10 +141,8 @@ class GptqLayout(IntegerLayout):
         return None
 
     def words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`qweight` and `qzeros` of codes uint8 [out, in] and zero points uint8 [out, groups].
-
-        Raises UnsupportedError when a dimension does not fill whole words.
-        """
+        """`qweight` and `qzeros` of codes uint8 [out, in] and zero points uint8 [out, groups]. Raises UnsupportedError
+        when a dimension does not fill whole words."""
         stored = (zeros.to(torch.int16) - self.zero_offset).bitwise_and_((1 << bits) - 1).to(torch.uint8)
         return pack_words(codes.T, bits), pack_words(stored, bits).T.contiguous()
 
@@ -228,11 +212,9 @@ class AwqLayout(GptqLayout):
 
 
 def bias_storage_dtype(sym: bool, scale_dtype: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds every bias of an MLX layer exactly.
-
-    Symmetric: the zero point is a power of two, and the product has the scale's own significand. Asymmetric: up to 11
-    bits of a float16 scale times up to 8 bits of a zero point, which float32 holds and no half precision does.
-    """
+    """The narrowest dtype that holds every bias of an MLX layer exactly. Symmetric: the zero point is a power of two,
+    and the product has the scale's own significand. Asymmetric: up to 11 bits of a float16 scale times up to 8 bits of
+    a zero point, which float32 holds and no half precision does."""
     return scale_dtype if sym else torch.float32
 
 

@@ -14,7 +14,8 @@ from auto_round.calibration.imatrix import read_imatrix, write_imatrix
 from auto_round.codecs.ggml.pack import pack_blocks, unpack_blocks
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
-from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_scheme, ggml_type_of
+from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, ggml_scheme
+from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.codecs.registry import clamp_to_float16
 from auto_round.errors import ConfigError, DataError, NumericsError
@@ -108,7 +109,7 @@ class GgufRules(LayerRules):
                 used.add(pattern)
                 stored = weight_name(self.source, name)
                 scheme = scheme_from_entry(pattern, entry, self.settings.scheme)
-                kind = ggml_type_of(scheme)
+                kind = codec_of(scheme).ggml_type
                 shape, dtype = self.source.tensor_meta(stored)
                 if not scheme.quantizes_weights:
                     wanted[stored] = _TYPE_OF_DTYPE.get(dtype, "F32")
@@ -129,7 +130,7 @@ class GgufRules(LayerRules):
         layer's rows by llama.cpp's fallback types. Raises ConfigError when no type has that many bits."""
         result, notes, own = dict(schemes), list(self.file.notes), self.defaults(list(schemes))
         for name, scheme in schemes.items():
-            kind = ggml_type_of(scheme) if scheme.quantizes_weights else None
+            kind = codec_of(scheme).ggml_type
             if kind is not None:
                 fitting = fallback_type(kind.name, widths[name])
                 if fitting != kind.name:

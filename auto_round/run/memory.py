@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.algorithms.quantization.sign_round.loop import keeps_best_copy, micro_batch_size
+from auto_round.algorithms.quantization.sign_round.loop import is_evaluation_step, micro_batch_size
 from auto_round.calibration.observers import hessian_bytes
 from auto_round.envs import work_space
 from auto_round.errors import ConfigError, OutputError
@@ -222,6 +222,7 @@ class MemoryModel:
             groups[plan.scheme, plan.ggml, plan.in_features, alone].append(plan)
         # Optimizer state per weight, and the temporary gradient and update.
         state, moment = (8, 8) if algorithm.enable_adam else (4, 8) if algorithm.momentum > 0 else (0, 0)
+        copied = any(is_evaluation_step(done, algorithm.iters) for done in range(1, algorithm.iters))
         held = step = finished = 0.0
         for members in groups.values():
             first, count = members[0], _weights(members)
@@ -237,7 +238,7 @@ class MemoryModel:
             stacked = 0 if shared else model.itemsize if compute == torch.float32 else compute.itemsize
             # Dequantized weights, gradient, rounding deltas, and scales.
             plain = stacked + 2 * compute.itemsize + 4 + 4 * learned.numbers / size
-            best = (learned.snapshot + 8 / size) if keeps_best_copy(algorithm.iters) else 0  # codes, or deltas
+            best = (learned.snapshot + 8 / size) if copied else 0  # codes, or deltas
             if self._hessians(members):
                 plain += 4  # initial rounding deltas from the Hessians
             held += count * (plain + best + state)

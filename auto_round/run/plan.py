@@ -14,7 +14,6 @@ from torch import nn
 from auto_round import envs
 from auto_round.calibration.observers import KVCacheObserver
 from auto_round.codecs.base import Codec
-from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
@@ -391,7 +390,7 @@ class LayerRules:
 
 def with_types(layers: Mapping[str, LayerPlan]) -> dict[str, LayerPlan]:
     """The plans with the ggml type of each layer."""
-    kinds = {name: ggml_type_of(plan.scheme) if plan.quantized else None for name, plan in layers.items()}
+    kinds = {name: codec_of(plan.scheme).ggml_type if plan.quantized else None for name, plan in layers.items()}
     return {name: replace(p, ggml=None if (k := kinds[name]) is None else k.name) for name, p in layers.items()}
 
 

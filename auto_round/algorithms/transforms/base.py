@@ -20,10 +20,8 @@ from auto_round.schemes import QuantizationScheme
 
 @dataclass(frozen=True)
 class BlockView:
-    """One block as a transform sees it. Nothing of it may be modified.
-
-    `schemes` and `moments` are by layer name inside the block, such as "self_attn.q_proj".
-    """
+    """One block as a transform sees it. Nothing of it may be modified. `schemes` and `moments` are by layer name inside
+    the block, such as "self_attn.q_proj"."""
 
     name: str  # such as "model.layers.0"
     block: torch.nn.Module  # in the dtype of the matrix products; experts that are read one at a time are on meta

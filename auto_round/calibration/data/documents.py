@@ -1,8 +1,7 @@
 """From dataset rows and Python objects to documents (a text, a conversation or token ids), and from those to samples.
 
-Objects are lists of strings or ids, tensors, dicts, a DataLoader, or any other iterable; batches are split. Texts get
-the special tokens that the tokenizer adds; in joined text its leading ones (such as BOS) also start every sample. Ids
-given by the user are used unchanged. docs/datasets.md says what is dropped.
+In joined text the leading tokens that the tokenizer adds (such as BOS) also start every sample. Ids given by the user
+are used unchanged. docs/datasets.md says what is taken and what is dropped.
 """
 
 from __future__ import annotations
@@ -54,10 +53,8 @@ Document = str | list[Message] | TokenDocument
 
 
 def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
-    """Yield the documents of a Python object in its own order, which a DataLoader may draw from `seed`.
-
-    Raises ConfigError for an unsupported type, DataError for a bad sample.
-    """
+    """Yield the documents of a Python object in its own order, which a DataLoader may draw from `seed`. Raises
+    ConfigError for an unsupported type, DataError for a bad sample."""
     if isinstance(data, (Mapping, torch.Tensor)) or _is_ids(data) or _is_conversation(data):
         yield from documents_from_item(data, "the dataset")
         return

@@ -93,10 +93,8 @@ def _places(kind: GgmlType) -> dict[str, slice]:
 
 
 def pack_blocks(blocks: GgmlBlocks) -> Tensor:
-    """uint8 [out, row_bytes], contiguous, on the blocks' device: the bytes of the tensor in a file.
-
-    Nothing is rounded or checked: any bits of `d`, and codes below 2**bits. Temporaries are limited to one chunk.
-    """
+    """uint8 [out, row_bytes], contiguous, on the blocks' device: the bytes of the tensor in a file. Nothing is rounded
+    or checked: any bits of `d`, and codes below 2**bits. Temporaries are limited to one chunk."""
     kind = blocks.kind
     out, columns = blocks.codes.shape
     data = torch.empty(out, kind.row_bytes(columns), dtype=torch.uint8, device=blocks.codes.device)
@@ -114,10 +112,8 @@ def pack_blocks(blocks: GgmlBlocks) -> Tensor:
 
 
 def unpack_blocks(data: Tensor, kind: GgmlType | str, columns: int) -> GgmlBlocks:
-    """The inverse of `pack_blocks` for rows of `columns` weights.
-
-    `data`: uint8 [out, row_bytes], any device; any bytes are valid blocks. `kind`: the type or its name.
-    """
+    """The inverse of `pack_blocks` for rows of `columns` weights. `data`: uint8 [out, row_bytes], any device; any bytes
+    are valid blocks. `kind`: the type or its name."""
     kind = GGML_TYPES[kind] if isinstance(kind, str) else kind
     assert data.shape[1] == kind.row_bytes(columns)
     out, rows, places = data.shape[0], data.contiguous().view(-1, kind.nbytes), _places(kind)

@@ -99,10 +99,8 @@ def candidates(first: float, delta: float, count: int, top: int) -> Tensor:
 
 def fit_with_minimum(x: Tensor, weight: Tensor, top: int, ranges: Tensor, absolute: bool = False) -> Fit:
     """Steps and minima of columns `x` with small errors, weighted by `weight`: magnitudes if `absolute`, else squares.
-
     Every candidate range proposes codes 0 to `top`, and weighted least squares through them a step and a minimum of at
-    most zero; the pair with the smallest error is kept. Candidates start at the best minimum so far.
-    """
+    most zero; the pair with the smallest error is kept. Candidates start at the best minimum so far."""
     products, others = OrderedSum(x), OrderedSum(x)
     codes, term, other = torch.empty_like(x), products.values, others.values
     # One column per group, of the best fit so far and of the trial: error, step, low, inverse, origin. The codes are
@@ -153,11 +151,9 @@ def fit_with_minimum(x: Tensor, weight: Tensor, top: int, ranges: Tensor, absolu
 
 
 def fit_symmetric(x: Tensor, weight: Tensor, zero: int, ranges: Tensor) -> Fit:
-    """Steps (of either sign) of columns `x` with small squared errors, weighted by `weight`.
-
-    Each candidate range maps the value of the largest magnitude to its end and proposes codes, -zero to zero - 1; the
-    least-squares step with the largest reduction of the error is kept. The first range is the starting point.
-    """
+    """Steps (of either sign) of columns `x` with small squared errors, weighted by `weight`. Each candidate range maps
+    the value of the largest magnitude to its end and proposes codes, -zero to zero - 1; the least-squares step with the
+    largest reduction of the error is kept. The first range is the starting point."""
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
     terms, pull, codes = OrderedSum(x), weight * x, torch.empty_like(x)
@@ -349,10 +345,8 @@ def _plain_with_minimum(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
 
 
 def plain_blocks(weight: Tensor, name: str) -> GgmlBlocks:
-    """A weight [out, in] in the ggml type `name`, such as `Q4_K`, rounded to nearest; `in` fills whole blocks.
-
-    Raises NumericsError when weights are NaN or Inf, or too large for a float16 d.
-    """
+    """A weight [out, in] in the ggml type `name`, such as `Q4_K`, rounded to nearest; `in` fills whole blocks. Raises
+    NumericsError when weights are NaN or Inf, or too large for a float16 d."""
     kind = GGML_TYPES[name]
     out, columns = weight.shape
     assert columns % kind.block == 0

@@ -321,13 +321,9 @@ def search_blocks(
     weight: Tensor, name: str, importance: Tensor | None = None, quick: bool = False, codes: bool = True
 ) -> GgmlBlocks:
     """Blocks of a matrix [out, in] in the ggml type `name` with a small importance-weighted squared error. For NaN or
-    Inf weights d is not finite or the codes are arbitrary; callers check.
-
-    Args:
-        importance: [in], >= 0: the second moment of each input channel; None weighs all alike.
-        quick: a fifth of the time: fewer starts and no perturbations. Enough for GPTQ, whose gain is far larger.
-        codes: False leaves the codes uninitialized.
-    """
+    Inf weights d is not finite or the codes are arbitrary; callers check. `importance`: [in], >= 0: the second moment
+    of each input channel; None weighs all alike; `quick`: a fifth of the time: fewer starts and no perturbations.
+    Enough for GPTQ, whose gain is far larger; `codes`: False leaves the codes uninitialized."""
     kind, config = GGML_TYPES[name], SEARCH_CONFIGS[name]
     config = SearchConfig(config.starts[:4], (), refits=1) if quick else config
     out, columns = weight.shape
@@ -335,7 +331,13 @@ def search_blocks(
     count, per = columns // kind.block, kind.block // kind.group
     blocks = GgmlBlocks.empty(kind, out, columns, weight.device)
     grouped = weight.view(out, count, per, kind.group)
-    weights = _normalized_importance(importance, columns, weight.device).view(count, per, kind.group)
+    # Of mean one. A channel that was never active in the calibration data still counts a little, so that its weights
+    # are not rounded at random.
+    ones = torch.ones(columns, device=weight.device)
+    given = ones if importance is None else importance.to(weight.device, torch.float32)
+    mean = given.double().mean().float()
+    shares = given / mean if torch.isfinite(mean) and mean > 0 else ones
+    weights = (shares + 1e-4).view(count, per, kind.group)
     block_codes = blocks.codes.view(grouped.shape)
 
     def search(chunk_slices: tuple[slice, slice]) -> None:
@@ -365,16 +367,6 @@ def _chunks(out: int, count: int, blocks: int) -> Iterator[tuple[slice, slice]]:
     for c in range(0, count, columns):
         for r in range(0, out, some):
             yield slice(r, min(r + some, out)), slice(c, min(c + columns, count))
-
-
-def _normalized_importance(importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
-    """float32 [in] of mean one. A channel that was never active in the calibration data still gets a small weight, so
-    that its weights are not rounded at random."""
-    given = torch.ones(columns, device=device) if importance is None else importance.to(device, torch.float32)
-    mean = given.double().mean().float()
-    if not torch.isfinite(mean) or mean <= 0:
-        given = mean = torch.ones(columns, device=device)
-    return given / mean + 1e-4
 
 
 def _search(chunk: SearchChunk, config: SearchConfig) -> StoredParams:

@@ -6,8 +6,6 @@ heads. StableLM rotates a part of each head, and some of its models normalize ev
 
 from __future__ import annotations
 
-import re
-
 import torch
 
 import auto_round.gguf.families.shared as shared
@@ -42,17 +40,9 @@ def qkv_rows(heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
     return torch.cat([rows[:, :-2].reshape(-1), rows[:, -2].reshape(-1), rows[:, -1].reshape(-1)])
 
 
-def _joined_qkv(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-    rows = qkv_rows(s.heads, _falcon_kv_heads(s), s.hidden // s.heads)
-    return [Placement(f"blk.{found['block']}.attn_qkv.{found['leaf']}", rows)]
-
-
-def _rope_base(s: HfConfig) -> float | None:
-    theta = float(s.rope.get("rope_theta", 10000.0))
-    return None if theta == 10000.0 else theta
-
-
-_UNUSUAL_ROPE_BASE = Key("rope.freq_base", "float32", _rope_base)  # not written for llama.cpp's default
+_UNUSUAL_ROPE_BASE = Key(  # not written for llama.cpp's default
+    "rope.freq_base", "float32", lambda s: None if (base := s.rope.get("rope_theta")) in (None, 10000) else base
+)  # fmt: skip
 FALCON = Family(
     "falcon", ("falcon", "RefinedWeb", "RefinedWebModel"),
     (
@@ -63,7 +53,17 @@ FALCON = Family(
         Key("tensor_data_layout", "string", lambda s: "jploski"),  # name of this order of rows
         _UNUSUAL_ROPE_BASE,
     ),
-    (Rule(r"transformer\.h\.(?P<block>\d+)\.self_attention\.query_key_value\.(?P<leaf>weight|bias)", _joined_qkv),),
+    (
+        Rule(
+            r"transformer\.h\.(?P<block>\d+)\.self_attention\.query_key_value\.(?P<leaf>weight|bias)",
+            lambda s, m: [
+                Placement(
+                    f"blk.{m['block']}.attn_qkv.{m['leaf']}",
+                    qkv_rows(s.heads, _falcon_kv_heads(s), s.hidden // s.heads),
+                )
+            ],
+        ),
+    ),
     assumes=(
         activation("gelu"), rope_types("default"), without("alibi", "bias"),
         Assumption(

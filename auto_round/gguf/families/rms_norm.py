@@ -1,10 +1,7 @@
 """Decoders with RMS norms: Llama, Mistral, Mixtral, SmolLM3, Granite, Qwen, OLMo, Phi, Gemma and DeepSeek.
 
-llama.cpp interleaves the rotary rows of the first five. SmolLM3 skips rotation in every fourth layer. Granite 3 has
-four multipliers, and fuses the gate and up projections of its experts. OLMo has norms after attention and MLP, and over
-all heads of queries and keys together. Phi keeps q, k, v and gate, up fused, and has two sets of factors for long
-contexts. Gemma's norms store the difference from one; its layers alternate between sliding windows and full attention.
-DeepSeek-V2 and V3 have latent attention, whose `kv_b_proj` llama.cpp stores as two tensors, and shared experts.
+llama.cpp interleaves the rotary rows of the first five. Gemma's norms store the difference from one. DeepSeek-V2 and V3
+have latent attention, whose `kv_b_proj` llama.cpp stores as two tensors.
 """
 
 from __future__ import annotations
@@ -23,11 +20,9 @@ from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement,
 
 
 def llama3_factors(s: HfConfig) -> dict[str, torch.Tensor]:
-    """float32 [head_dim / 2]: divisors of the rotary frequencies (Llama 3.1's scaling for long contexts).
-
-    The divisor is 1 for wavelengths shorter than original / high and `factor` for those longer than original / low,
-    with a linear interpolation in original / wavelength between.
-    """
+    """float32 [head_dim / 2]: divisors of the rotary frequencies (Llama 3.1's scaling for long contexts). The divisor
+    is 1 for wavelengths shorter than original / high and `factor` for those longer than original / low, with a linear
+    interpolation in original / wavelength between."""
     rope, dims = s.rope, s.head_dim
     if rope["rope_type"] != "llama3":
         return {}
@@ -283,17 +278,6 @@ def _group_limited_routing(s: HfConfig) -> bool:
     return s.model_type == "deepseek_v3" or s.get("topk_method", default="greedy") != "greedy"
 
 
-def _gating(s: HfConfig) -> int:
-    kind = s.get("scoring_func", default="sigmoid" if s.model_type == "deepseek_v3" else "softmax")
-    return {"softmax": 1, "sigmoid": 2}[kind]
-
-
-def _expects_query_rank(s: HfConfig) -> bool:
-    """llama.cpp recognizes models without low-rank queries by their number of layers."""
-    lite = s.blocks in (26, 27) or (s.blocks == 48 and s.get("vocab_size") == 128256)
-    return not lite
-
-
 DEEPSEEK_V3 = Family(
     "deepseek2", ("deepseek_v3",),
     (
@@ -321,7 +305,12 @@ DEEPSEEK_V3 = Family(
         Key("expert_shared_count", "uint32", lambda s: s.get("n_shared_experts", default=0)),
         Key("expert_weights_scale", "float32", "routed_scaling_factor"),
         Key("expert_weights_norm", "bool", lambda s: s.get("norm_topk_prob") or None),
-        Key("expert_gating_func", "uint32", _gating),
+        Key(
+            "expert_gating_func", "uint32",
+            lambda s: shared.GATING[
+                s.get("scoring_func", default="sigmoid" if s.model_type == "deepseek_v3" else "softmax")
+            ],
+        ),
     ),
     (Rule(r"model\.layers\.(?P<block>\d+)\.self_attn\.kv_b_proj\.weight", _split_kv_b),),
     ((r"e_score_correction_bias$", "e_score_correction.bias"),),
@@ -334,8 +323,9 @@ DEEPSEEK_V3 = Family(
             lambda s: s.rope["rope_type"] != "yarn" or s.rope.get("mscale") == s.rope.get("mscale_all_dim", 0) != 0,
             "llama.cpp expects the same mscale and mscale_all_dim in its rotary settings",
         ),
-        Assumption(
-            lambda s: (s.get("q_lora_rank") is not None) == _expects_query_rank(s),
+        Assumption(  # it takes 26, 27 or (with this vocabulary) 48 layers for a model without low-rank queries
+            lambda s: (s.get("q_lora_rank") is None)
+            == (s.blocks in (26, 27) or (s.blocks == 48 and s.get("vocab_size") == 128256)),
             "llama.cpp infers low-rank queries from the number of layers, and would infer them wrongly for this model",
         ),
         Assumption(lambda s: s.get("moe_layer_freq", default=1) == 1, "llama.cpp expects experts in every later block"),

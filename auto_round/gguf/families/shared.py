@@ -43,13 +43,13 @@ ROPE_SCALING = (
     Key("rope.scaling.yarn_beta_fast", "float32", scaling(("yarn",), "beta_fast")),
     Key("rope.scaling.yarn_beta_slow", "float32", scaling(("yarn",), "beta_slow")),
 )  # fmt: skip
-_GATING = {"softmax": 1, "sigmoid": 2}
+GATING = {"softmax": 1, "sigmoid": 2}
 EXPERTS = (
     Key("expert_count", "uint32", ("num_local_experts", "num_experts", "n_routed_experts")),
     Key("expert_used_count", "uint32", "num_experts_per_tok"),
     Key("expert_group_count", "uint32", "n_group"),
     Key("expert_group_used_count", "uint32", "topk_group"),
-    Key("expert_gating_func", "uint32", lambda s: _GATING.get(s.get("scoring_func", default=""))),
+    Key("expert_gating_func", "uint32", lambda s: GATING.get(s.get("scoring_func", default=""))),
 )
 EXPERT_WIDTH = Key("expert_feed_forward_length", "uint32", "moe_intermediate_size")
 SLIDING_WINDOW = Key("attention.sliding_window", "uint32", "sliding_window")
@@ -61,10 +61,8 @@ DECODER = (*SIZES, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE, RMS_EPSILON, *EX
 
 
 def rotary_rows(rows: int, heads: int) -> torch.Tensor:
-    """int64 [rows]: the rows of a query or key projection with each head's two halves interleaved.
-
-    Transformers rotates dimensions i and i + half of a head together; llama.cpp, in some architectures, 2i and 2i + 1.
-    """
+    """int64 [rows]: the rows of a query or key projection with each head's two halves interleaved. Transformers rotates
+    dimensions i and i + half of a head together; llama.cpp, in some architectures, 2i and 2i + 1."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 

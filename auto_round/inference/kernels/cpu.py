@@ -167,11 +167,9 @@ def _torch_openmp() -> int | None:
 
 
 class CpuKernel(LinearKernel):
-    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size, symmetric or not.
-
-    Inputs are rounded to 16-bit integers per group of at most 128 columns; all else up to the sums of a group is exact.
-    Results do not depend on the number of threads or on how many rows are computed together.
-    """
+    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size, symmetric or not. Inputs are rounded to 16-bit
+    integers per group of at most 128 columns; all else up to the sums of a group is exact. Results do not depend on the
+    number of threads or on how many rows are computed together."""
 
     packed: torch.Tensor
 
@@ -237,10 +235,8 @@ def _flat(x: torch.Tensor) -> tuple[int, torch.Tensor, int]:
 
 
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
-    """x [..., in] -> [..., out] in the dtype of `x`.
-
-    `packed` is one weight or, with `counts`, the rows of each expert in x [rows, in], one per expert.
-    """
+    """x [..., in] -> [..., out] in the dtype of `x`. `packed` is one weight or, with `counts`, the rows of each expert
+    in x [rows, in], one per expert."""
     lib = library()
     dtype = DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not lib.half):
@@ -274,9 +270,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x [..., in] -> x W^T [..., out], with `weight` [out, in] and x of one half-precision dtype, summed in float32.
-
-    Results of up to `ROWS` rows do not depend on the number of rows or threads.
-    """
+    Results of up to `ROWS` rows do not depend on the number of rows or threads."""
     out, inputs = weight.shape
     rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], out)
     if rows > ROWS:  # PyTorch's float32 product, some weights at a time

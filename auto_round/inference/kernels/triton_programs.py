@@ -54,11 +54,9 @@ def matvec(
     ZERO: tl.constexpr, MASKED: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
     COLUMNS: tl.constexpr, KIND: tl.constexpr, EXPERTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Product of few rows: out[part, row, column] over the blocks of one part, for COLUMNS columns.
-
-    Axes of a tile: [row, warp, lane, column]. A warp processes a block at a time; its lanes cover LANES rows of words,
-    16 bytes of columns per lane, and exchange sums only at the end.
-    """
+    """Product of few rows: out[part, row, column] over the blocks of one part, for COLUMNS columns. Axes of a tile:
+    [row, warp, lane, column]. A warp processes a block at a time; its lanes cover LANES rows of words, 16 bytes of
+    columns per lane, and exchange sums only at the end."""
     part = tl.program_id(1)
     row = tl.arange(0, ROWS)[:, None, None, None]
     warp = tl.arange(0, WARPS)[None, :, None, None]
@@ -159,10 +157,8 @@ def matmul(
     MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Product of many rows: a tile of out[part, row, column] over the blocks of one part.
-
-    Weights are rounded to the inputs' dtype, as `QuantLinear.dequantize` rounds them, and summed in float32.
-    """
+    """Product of many rows: a tile of out[part, row, column] over the blocks of one part. Weights are rounded to the
+    inputs' dtype, as `QuantLinear.dequantize` rounds them, and summed in float32."""
     part = tl.program_id(1)
     tile = tl.program_id(0) % row_tiles
     column = tl.program_id(0) // row_tiles * COLUMNS + tl.arange(0, COLUMNS)

@@ -37,12 +37,10 @@ def _missing(operation: str) -> str | None:
 
 
 class CpuInt4(LinearKernel):
-    """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`.
-
-    It computes scale * (code - 8) + offset with scale and offset in bfloat16: weights are rounded by up to 2**-9. The
-    offset, scale * (8 - zero), is zero for symmetric weights, and for 2 and 3 bits, where code - zero + 8 fits into 4
-    bits and is stored instead of the code.
-    """
+    """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`. It computes scale * (code - 8) + offset with
+    scale and offset in bfloat16: weights are rounded by up to 2**-9. The offset, scale * (8 - zero), is zero for
+    symmetric weights, and for 2 and 3 bits, where code - zero + 8 fits into 4 bits and is stored instead of the
+    code."""
 
     packed: torch.Tensor
     scales: torch.Tensor
@@ -125,8 +123,7 @@ def package() -> Any:
 
 class ArkKernel(LinearKernel):
     """Weights of 2, 4 and 8 bits through auto-round-lib: in float32 on CPUs; on Intel GPUs (untested) symmetric ones,
-    with integer products and float16 scales.
-    """
+    with integer products and float16 scales."""
 
     blob: torch.Tensor
     scales: torch.Tensor
@@ -240,10 +237,8 @@ _UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
 class GptqmodelLinear(LinearKernel):
-    """x -> x W^T by a module of GPTQModel.
-
-    Its kernels compute in half precision: inputs, and scales that are not float16, are rounded to the model's dtype.
-    """
+    """x -> x W^T by a module of GPTQModel. Its kernels compute in half precision: inputs, and scales that are not
+    float16, are rounded to the model's dtype."""
 
     backend: str  # GPTQModel's names of the kernel, of the method and of the checkpoint's format
     method: str = "gptq"
@@ -278,7 +273,11 @@ class GptqmodelLinear(LinearKernel):
                     setattr(module, name, tensor)
             self._scratch = None  # memory that must live as long as the module
             if "scratch_space" in inspect.signature(module.post_init).parameters:
-                self._scratch = _scratch_of(module.temp_dq_size() + 256, device)  # slices are rounded up to 128 bytes
+                size = module.temp_dq_size() + 256  # slices are rounded up to 128 bytes
+                self._scratch = _scratch.get(device)
+                if self._scratch is None or self._scratch.scratch_bytes < size:
+                    exllama = importlib.import_module("gptqmodel.utils.exllamav2")
+                    self._scratch = _scratch[device] = exllama.ScratchSpace(size, device)
                 module.post_init(scratch_space=self._scratch)
             else:
                 module.post_init()
@@ -360,13 +359,6 @@ def _select_kernel(
         bits=bits, group_size=group_size, desc_act=False, sym=sym, format=layout, quant_method=method, dtype=dtype,
         pack=False, device_map={"": device}, backend=backend,
     )  # fmt: skip
-
-
-def _scratch_of(size: int, device: torch.device) -> Any:
-    found = _scratch.get(device)
-    if found is None or found.scratch_bytes < size:
-        found = _scratch[device] = importlib.import_module("gptqmodel.utils.exllamav2").ScratchSpace(size, device)
-    return found
 
 
 def _message(error: object) -> str:

@@ -22,7 +22,7 @@ class SignRoundConfig(SchemeFields):
     may be given too; the last seven settings are not supported, and refused unless they have their defaults."""
 
     iters: int = 200  # steps for each block; with 0, `AutoRound` rounds to nearest instead
-    # Initial step size of the rounding deltas, in units of one code, decaying linearly to zero; None: `default_rate`.
+    # Initial step size of the rounding deltas, in units of one code, decaying linearly to zero; None: a usual one.
     lr: float | None = None
     minmax_lr: float | None = None  # step size of the scale factors; None takes `lr`
     momentum: float = 0.0  # of the signed steps; 0 is plain signSGD
@@ -57,22 +57,14 @@ class SignRoundConfig(SchemeFields):
 
     def learning_rates(self, bits: int) -> tuple[float, float]:
         """(rounding, scale factors) for a layer of that many bits."""
-        lr = self.lr or default_rate(self.iters, bits)
+        # A sign step moves every rounding delta by the whole rate. With 1/iters a short run moves as far as a long one
+        # on fewer gradients, and ends worse: the exponents are fitted to runs of 20 and 60 steps (docs/tuning.md). With
+        # too small steps a model of 2 bits may lose the outlier activations that its attention depends on.
+        usual = (2.0 if self.iters >= 1000 and bits <= 3 else 1.0) / self.iters
+        if self.iters < _FULL_RUN:
+            usual = (_FULL_RUN / self.iters) ** (0.78 if bits <= 2 else 0.4) / _FULL_RUN
+        lr = self.lr or usual
         return lr, self.minmax_lr or lr
-
-
-def default_rate(iters: int, bits: int) -> float:
-    """1/iters from 200 steps on (2/iters from 1000 on for 3 bits and fewer); 0.005 (200/iters)^0.4 for fewer, with 0.78
-    in place of 0.4 for 2 bits.
-
-    A sign step moves every rounding delta by the whole rate, however small its gradient. With 1/iters a short run moves
-    as far as a long one on fewer gradients, and ends worse: the exponents are fitted to runs of 20 and 60 steps
-    (docs/tuning.md). 2 bits keep larger steps, because with too small ones the model may lose the outlier activations
-    that its attention depends on.
-    """
-    if iters < _FULL_RUN:
-        return (_FULL_RUN / iters) ** (0.78 if bits <= 2 else 0.4) / _FULL_RUN
-    return (2.0 if iters >= 1000 and bits <= 3 else 1.0) / iters
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -86,10 +86,8 @@ def copy_state(state: State, into: State | None) -> State:
 
 
 class LearnableGroup:
-    """Rounding deltas and scale factors of some layers, and the quantized weights computed from them.
-
-    The weights and their rounding deltas are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R.
-    """
+    """Rounding deltas and scale factors of some layers, and the quantized weights computed from them. The weights and
+    their rounding deltas are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R."""
 
     start_delta: Tensor | None = None  # before the first step; None: zero, which gives the nearest codes
 
@@ -297,11 +295,9 @@ class TunableLinear(torch.nn.Module):
 
 
 class AutogradTunableLinear(torch.nn.Module):
-    """Replaces a linear while its block is tuned with autograd through the function of any registered data type.
-
-    The function's `v` is in units of the weight and steps are in units of one code, so `v = u * unit`, with `unit` the
-    scale that the untuned function returned, expanded to one value per weight.
-    """
+    """Replaces a linear while its block is tuned with autograd through the function of any registered data type. The
+    function's `v` is in units of the weight and steps are in units of one code, so `v = u * unit`, with `unit` the
+    scale that the untuned function returned, expanded to one value per weight."""
 
     def __init__(
         self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype, tune_scale: bool = True,

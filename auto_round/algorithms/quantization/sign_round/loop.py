@@ -39,11 +39,9 @@ _TOKENS_PER_LAYER = 128
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers.
-
-    On a CPU fewer than the batch: the same time with less memory, since activations are kept for one pass only. Blocks
-    of many layers, such as mixtures of experts, get more tokens to amortize each layer's call.
-    """
+    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers. On a CPU fewer than the batch:
+    the same time with less memory, since activations are kept for one pass only. Blocks of many layers, such as
+    mixtures of experts, get more tokens to amortize each layer's call."""
     if device.type != "cpu":
         return batch
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
@@ -55,11 +53,6 @@ _EVALUATIONS = 8  # evaluations of the held-out loss during tuning, besides the 
 def is_evaluation_step(done: int, iters: int) -> bool:
     """Whether the held-out loss is evaluated after `done` steps: in the second half, and always at the end."""
     return done == iters or (done % max(1, iters // _EVALUATIONS) == 0 and done > iters // 2)
-
-
-def keeps_best_copy(iters: int) -> bool:
-    """Whether a snapshot before the last step may be needed."""
-    return any(is_evaluation_step(done, iters) for done in range(1, iters))
 
 
 def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list[int]]:
