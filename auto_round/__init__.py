@@ -18,47 +18,28 @@ if TYPE_CHECKING:
     from auto_round.autoround import AutoRound, AutoRoundAdam, AutoRoundDiffusion, AutoRoundLLM, AutoRoundMLLM
     from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
-_EXPORTS = {
-    "AutoRound": "auto_round.autoround",
-    "QuantizationScheme": "auto_round.schemes",
-    "PRESET_SCHEMES": "auto_round.schemes",
-    "GPTQConfig": "auto_round.algorithms.gptq",
-    "RTNConfig": "auto_round.algorithms.quantization.rtn.config",
-    "OptimizedRTNConfig": "auto_round.algorithms.quantization.rtn.config",
-    "SignRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
-    "AdamRoundConfig": "auto_round.algorithms.quantization.sign_round.config",
-    "SignRoundV2Config": "auto_round.algorithms.quantization.sign_round.config",
-    "AutoRoundLLM": "auto_round.autoround",
-    "AutoRoundAdam": "auto_round.autoround",
-    "AutoRoundMLLM": "auto_round.autoround",
-    "AutoRoundDiffusion": "auto_round.autoround",
+_MODULES = {
+    "autoround": ("AutoRound", "AutoRoundLLM", "AutoRoundAdam", "AutoRoundMLLM", "AutoRoundDiffusion"),
+    "schemes": ("QuantizationScheme", "PRESET_SCHEMES"),
+    "algorithms.gptq": ("GPTQConfig",),
+    "algorithms.quantization.rtn.config": ("RTNConfig", "OptimizedRTNConfig"),
+    "algorithms.quantization.sign_round.config": ("SignRoundConfig", "AdamRoundConfig", "SignRoundV2Config"),
 }
+_EXPORTS = {name: f"auto_round.{module}" for module, names in _MODULES.items() for name in names}
 
 __all__ = [
-    "AdamRoundConfig",
-    "AutoRound",
-    "AutoRoundAdam",
-    "AutoRoundDiffusion",
-    "AutoRoundLLM",
-    "AutoRoundMLLM",
-    "GPTQConfig",
-    "OptimizedRTNConfig",
-    "PRESET_SCHEMES",
-    "QuantizationScheme",
-    "RTNConfig",
-    "SignRoundConfig",
-    "SignRoundV2Config",
-    "__version__",
-]
+    "AdamRoundConfig", "AutoRound", "AutoRoundAdam", "AutoRoundDiffusion", "AutoRoundLLM", "AutoRoundMLLM",
+    "GPTQConfig", "OptimizedRTNConfig", "PRESET_SCHEMES", "QuantizationScheme", "RTNConfig", "SignRoundConfig",
+    "SignRoundV2Config", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
-    from auto_round.later import refuse_class
+    from auto_round.later import missing_classes
 
-    refuse_class(name)
-    raise AttributeError(f"module 'auto_round' has no attribute {name!r}")
+    return missing_classes(__name__)(name)
 
 
 def __dir__() -> list[str]:

@@ -11,10 +11,10 @@ import torch
 
 from auto_round import envs
 from auto_round.config import QuantConfig, read_recipe
-from auto_round.errors import ConfigError, ModelError, UnsupportedError
+from auto_round.errors import ConfigError, ModelError
 from auto_round.files import write_text
 from auto_round.formats.base import parse_formats
-from auto_round.later import DIFFUSION
+from auto_round.later import DIFFUSION, refuse
 from auto_round.logger import ensure_logging, logger, warn_once
 from auto_round.modeling.source import ModelSource, open_source
 from auto_round.output.folders import check_file
@@ -128,14 +128,10 @@ class AutoRound(Saving):
         tokenizer: Any = None, **changes: Any,
     ) -> AutoRound:  # fmt: skip
         """An AutoRound with the settings of a recipe: the file (`recipe.yaml` of a saved model, or its folder), or what
-        `recipe()` gave.
+        `recipe()` gave. `changes`: keywords that override those of the recipe, or that it could not hold.
 
-        Args:
-            changes: keywords of `AutoRound` that override those of the recipe, or that it could not hold.
-
-        Raises:
-            ConfigError: no such recipe, a newer version, an unknown key or a wrong value, or something is missing that
-                it could not hold.
+        Raises ConfigError for no such recipe, a newer version, an unknown key or a wrong value, or when something is
+        missing that it could not hold.
         """
         ensure_logging()
         config = recipe if isinstance(recipe, QuantConfig) else read_recipe(recipe)
@@ -143,8 +139,7 @@ class AutoRound(Saving):
         return cls(model, tokenizer, **config.keywords_with(changes, name))
 
     def recipe(self, format: str | Sequence[str] | None = None, max_shard_size: int | str | None = None) -> QuantConfig:
-        """The recipe of a run: all settings that decide the result, without anything of this machine. `.to_yaml()` is
-        what `recipe.yaml` beside a saved model holds."""
+        """The recipe of a run: all settings that decide the result, without anything of this machine."""
         formats = [fmt.name for fmt in self._formats(format)]
         return recipe_of(self.settings, self._planned(), formats, self._shard_size(max_shard_size))
 
@@ -160,12 +155,8 @@ class AutoRound(Saving):
         write_text(file, recipe_text(config, self.settings))
 
     def plan(self, format: str | Sequence[str] | None = None, output_dir: str | None = None) -> Job:
-        """The plan of a run: layers, bytes on disk, memory, steps. `.render()` returns it as text.
-
-        A name in `layer_config` or `ignore_layers` that matches nothing is an error, unless `strict=False` was given.
-
-        Raises ConfigError for formats that need several runs; `plans` gives them all.
-        """
+        """The plan of a run: layers, bytes on disk, memory, steps. `.render()` returns it as text. Raises ConfigError
+        for formats that need several runs, and for names that match no layer, unless `strict=False` was given."""
         jobs = self.plans(format, output_dir)
         if len(jobs) > 1:
             raise ConfigError(f"{format!r} takes {len(jobs)} runs; use plans() for a list, or name fewer formats")
@@ -195,18 +186,13 @@ def _load_tokenizer(source: ModelSource, settings: Settings) -> Any:
         return None
 
 
-def _refuse_diffusion_pipeline(model: Any) -> None:
-    """Raise UnsupportedError for a diffusion pipeline: an object of diffusers, or a folder of one."""
+def _open_model(model: Any, settings: Settings) -> ModelSource:
     if isinstance(model, (str, os.PathLike)):
         folder = Path(model).expanduser()
         if (folder / "model_index.json").is_file() and not (folder / "config.json").exists():
-            raise UnsupportedError(DIFFUSION.sentence(f"{os.fspath(model)} holds a diffusion pipeline"))
+            refuse(DIFFUSION, f"{os.fspath(model)} holds a diffusion pipeline")
     elif type(model).__module__.partition(".")[0] == "diffusers":
-        raise UnsupportedError(DIFFUSION.sentence(f"a model of class {type(model).__name__}"))
-
-
-def _open_model(model: Any, settings: Settings) -> ModelSource:
-    _refuse_diffusion_pipeline(model)
+        refuse(DIFFUSION, f"a model of class {type(model).__name__}")
     source = open_source(
         model, dtype=settings.model_dtype, trust_remote_code=settings.trust_remote_code, platform=settings.platform,
         allow_pickle=settings.allow_pickle,
@@ -229,16 +215,19 @@ def _open_model(model: Any, settings: Settings) -> ModelSource:
 class AutoRoundLLM(AutoRound):
     """`AutoRound` under an older name."""
 
+    _now = "AutoRound"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _deprecated(type(self).__name__, "AutoRound")
+        warn_once("%s is an older name; use %s", type(self).__name__, self._now)
         super().__init__(*args, **kwargs)
 
 
-class AutoRoundAdam(AutoRound):
+class AutoRoundAdam(AutoRoundLLM):
     """`AutoRound` with `enable_adam=True`, under an older name."""
 
+    _now = "AutoRound with enable_adam=True"
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _deprecated(type(self).__name__, "AutoRound with enable_adam=True")
         super().__init__(*args, **{"enable_adam": True, **kwargs})
 
 
@@ -248,7 +237,3 @@ class AutoRoundMLLM(AutoRoundLLM):
 
 class AutoRoundDiffusion(AutoRoundLLM):
     """`AutoRound` under an older name. Diffusion models are refused."""
-
-
-def _deprecated(old: str, new: str) -> None:
-    warn_once("%s is an older name; use %s", old, new)

@@ -1,19 +1,19 @@
 """`QuantConfig`: all settings of a quantization run as frozen plain values, and the recipe files that hold them.
 
-The fields here are the keywords of `AutoRound` with their defaults, and the flags of the command line with their
-help; nothing else lists them. A recipe is a `QuantConfig` as YAML or JSON. It holds nothing of the machine: no path, no
-device number, and no permission.
+The fields here are the keywords of `AutoRound` with their defaults, and the flags of the command line with their help.
+A recipe is a `QuantConfig` as YAML or JSON, and holds nothing of the machine: no path, no device, no permission.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from auto_round.errors import ConfigError, nearest
@@ -29,8 +29,6 @@ ALIASES = {"bs": "batch_size", "device": "device_map", "adam": "enable_adam"}
 """Older keywords of `AutoRound`, by what they are called now."""
 TUNED_NAMES = ("auto_round", "autoround", "sign_round", "signround")
 DTYPES = ("bf16", "bfloat16", "fp16", "float16", "fp32", "float32")
-
-
 _FP8 = ("fp8", "float8_e4m3fn")
 _GRANULARITIES = ("tensor", "head")
 ON_NAN = ("fail", "rtn", "keep")
@@ -98,8 +96,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-    """The algorithm. `iters=0` rounds to nearest; `algorithm` names what `iters` does not tell: transforms, gptq, or an
-    algorithm of a plugin. `damping`: of gptq."""
+    """The algorithm. `iters=0` rounds to nearest; `algorithm` names what `iters` does not tell. `damping`: of gptq."""
 
     algorithm: str | None = argument(
         None, "auto_round (tuned rounding), gptq (error feedback, alone or before tuning) or rtn (same as --iters 0)",
@@ -223,10 +220,8 @@ class QuantConfig:
     def keywords_with(self, given: Mapping[str, Any], name: str = "the recipe") -> dict[str, Any]:
         """Keywords of `AutoRound`: those of this recipe, overridden by what is given beside it. The log says by what.
 
-        A given scheme replaces the recipe's with its fields (`bits`, `group_size`, ...), and a given configuration of
-        an algorithm replaces the recipe's.
-
-        Raises ConfigError when something that the recipe could not hold is not given.
+        A given scheme replaces the recipe's with all its fields, and so does the configuration of an algorithm. Raises
+        ConfigError when something that the recipe could not hold is not given.
         """
         given = {ALIASES.get(key, key): value for key, value in given.items()}
         missing = {key: reason for key, reason in self.supply.items() if given.get(key) is None}
@@ -254,8 +249,7 @@ class QuantConfig:
         return {**kept, **given}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON and YAML. Left out: None, empty parts, what decides nothing and has its default, and
-        what no recipe holds."""
+        """Plain values for JSON and YAML, without what is None, empty or not for recipes, and `quiet` defaults."""
         head = {name: plain(getattr(self, name)) for name in ("version", "model", "supply", "environment")}
         parts = {
             name: {
@@ -271,11 +265,7 @@ class QuantConfig:
 
     @classmethod
     def from_dict(cls, values: Any, name: str = "the recipe") -> QuantConfig:
-        """What `to_dict` gave, or a part of it: what is left out takes its default.
-
-        Args:
-            values: of JSON's types.
-            name: for messages.
+        """What `to_dict` gave, or a part of it: what is left out takes its default. `name` is for messages.
 
         Raises ConfigError for a newer version, an unknown key and a value of another type; the message names the key.
         """
@@ -293,7 +283,6 @@ class QuantConfig:
         return made
 
     def to_yaml(self) -> str:
-        """The recipe as YAML."""
         import yaml
 
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
@@ -320,7 +309,6 @@ class QuantConfig:
         return cls.from_dict(values, name)
 
     def to_json(self) -> str:
-        """The recipe as JSON."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     from_json = from_yaml  # YAML holds JSON
@@ -345,10 +333,14 @@ def read_recipe(path: str | os.PathLike[str]) -> QuantConfig:
 
 
 def plain(value: Any) -> Any:
-    """`value` in terms of JSON: tuples become lists."""
+    """`value` as JSON types; NaN, infinity and objects of other types become their text."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = sorted(value, key=str) if isinstance(value, (set, frozenset)) else value
+        return [plain(item) for item in items]
+    known = value is None or isinstance(value, (int, str)) or (isinstance(value, float) and math.isfinite(value))
+    return value if known else str(value)
 
 
 def _build(kind: type[Any], values: Mapping[str, Any], name: str, part: str) -> Any:
@@ -358,7 +350,8 @@ def _build(kind: type[Any], values: Mapping[str, Any], name: str, part: str) -> 
     for key, value in values.items():
         where = f"{part}.{key}" if part else str(key)
         if key not in own:
-            raise ConfigError(f"{name}: unknown key {where!r}{_other_part(key) or nearest(str(key), own)}")
+            home = [f"; it belongs under {other!r}" for other, one in PARTS.items() if key in one.__dataclass_fields__]
+            raise ConfigError(f"{name}: unknown key {where!r}{home[0] if home else nearest(str(key), own)}")
         if "local" in own[key].metadata:
             raise ConfigError(f"{name}: {where} does not belong in a recipe: {own[key].metadata['local']}")
         if hints[key] in PARTS.values():
@@ -369,32 +362,21 @@ def _build(kind: type[Any], values: Mapping[str, Any], name: str, part: str) -> 
         try:
             made[key] = _converted(value, hints[key])
         except TypeError:
-            words = " or ".join(dict.fromkeys(_words(hints[key])))
-            raise ConfigError(f"{name}: {where}={value!r} is not allowed; give {words}") from None
+            types = get_args(hints[key]) if get_origin(hints[key]) in _UNIONS else (hints[key],)
+            words = [_WORDS.get(one) or ("a list" if get_origin(one) is tuple else "a mapping") for one in types]
+            allowed = " or ".join(dict.fromkeys(word for word in words if word != "null"))
+            raise ConfigError(f"{name}: {where}={value!r} is not allowed; give {allowed}") from None
     return kind(**made)
 
 
-def _other_part(key: Any) -> str:
-    """Where a key belongs that stands in the wrong part."""
-    part = next((part for part, kind in PARTS.items() if key in {f.name for f in fields(kind)}), None)
-    return f"; it belongs under {part!r}" if part else ""
-
-
-_UNIONS = (Union, types.UnionType)
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-def _words(hint: Any) -> Iterable[str]:
-    if get_origin(hint) in _UNIONS:
-        return [word for one in get_args(hint) for word in _words(one)]
-    if hint is type(None):
-        return []
-    return [_WORDS.get(hint) or ("a list" if get_origin(hint) is tuple else "a mapping")]
+_UNIONS = (Union, UnionType)
+_WORDS: dict[Any, str] = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null",
+}  # fmt: skip
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """`value` as a field of type `hint`: lists as tuples, numbers written as texts (`5e-3` in YAML) as numbers. Raises
-    TypeError when it is of another type."""
+    """`value` as a field of type `hint`, a list as tuple, `5e-3` (a text in YAML) as number; TypeError for others."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

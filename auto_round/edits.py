@@ -1,8 +1,4 @@
-"""Edits of weights that a transform asks for, recorded so that every later read of the source gives the edited tensor.
-
-A run reads a tensor more than once: to calibrate, to write what is not quantized, to build a model in memory, and again
-after an interruption. With the edit kept by the source there is one answer to what a tensor holds.
-"""
+"""Edits of weights that a transform asks for, recorded so that every later read gives the edited tensor."""
 
 from __future__ import annotations
 
@@ -25,15 +21,10 @@ class TensorEdit(Protocol):
 
 @dataclass(frozen=True)
 class ChannelScale:
-    """Multiply a tensor by one factor for each index along one dimension.
+    """Multiply a tensor by one factor for each index along one dimension, in float32, rounded once."""
 
-    Attributes:
-        factors: float32 [n], n the size of that dimension. The product is taken in float32 and rounded once.
-        dim: 0 for the rows (outputs) of a weight [out, in] or the elements of a vector, 1 for its columns (inputs).
-    """
-
-    factors: torch.Tensor
-    dim: int = 0
+    factors: torch.Tensor  # float32 [n], n the size of that dimension
+    dim: int = 0  # 0 for the rows (outputs) of a weight [out, in] or the elements of a vector, 1 for its columns
 
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         shape = [1] * tensor.dim()

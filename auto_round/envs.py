@@ -1,7 +1,6 @@
-"""Environment variables: name, type, default and meaning of each, as one table.
+"""Environment variables: name, type, default and meaning of each, as one table, which docs/environments.md shows too.
 
-`envs.AR_LOG_LEVEL` reads the variable at each access, so a value set later in the process counts. The table is also
-the source of `docs/environments.md` (tools/make_env_docs.py) and of `auto-round list env`.
+`envs.AR_LOG_LEVEL` reads the variable at each access, so a value set later in the process counts.
 """
 
 from __future__ import annotations
@@ -27,23 +26,14 @@ _ALLOWED = {
 
 @dataclass(frozen=True)
 class EnvVar:
-    """One variable.
-
-    Attributes:
-        kind: "choice" (any case), "path" (kept exactly as written), "text", "bool", "int" (positive), "count" (0 or
-            more) or "float" (0 or more).
-        default: value of `envs.NAME` when the variable is unset or empty.
-        doc: its effect, one or two sentences.
-        choices: allowed values of a "choice", in upper case.
-        idle: why the variable has no effect in this version; empty when it has one.
-    """
+    """One variable."""
 
     name: str
-    kind: str
-    default: Any
+    kind: str  # "choice" (any case), "path" (kept exactly as written), or another of `_ALLOWED`
+    default: Any  # also where the variable is empty
     doc: str
-    choices: tuple[str, ...] = ()
-    idle: str = ""
+    choices: tuple[str, ...] = ()  # of a "choice", in upper case
+    idle: str = ""  # why the variable has no effect in this version
 
     def allowed(self) -> str:
         """Description of the allowed values."""
@@ -185,20 +175,16 @@ def is_set(name: str) -> bool:
 
 
 def set_config(**values: Any) -> None:
-    """Set variables for this process and its children; None unsets one.
-
-    All values are checked before any is set. Raises ConfigError for an unknown name or a wrong value.
-    """
-    texts = {name: None if value is None else str(value) for name, value in values.items()}
-    for name, text in texts.items():
+    """Set variables for this process and its children; None unsets one. Raises ConfigError for an unknown name or a
+    wrong value before any is set."""
+    for name, value in values.items():
         variable = _variable(name)
-        if text is not None:
-            variable.parse(text)
-    for name, text in texts.items():
-        if text is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = text
+        if value is not None:
+            variable.parse(str(value))
+    for name, value in values.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = str(value)
 
 
 def unknown() -> list[str]:

@@ -1,7 +1,6 @@
 """The package's exceptions: one closed hierarchy under `AutoRoundError`, each with an exit code.
 
-A message says what was given, what is allowed and what to do. The command line prints it on one line and exits
-with `exit_code`; Python users catch `AutoRoundError` or one of its children.
+A message says what was given, what is allowed and what to do. The command line prints it on one line.
 """
 
 from __future__ import annotations
@@ -75,11 +74,8 @@ class LibraryError(AutoRoundError):
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was stopped by a signal (Ctrl-C, or SIGTERM on the command line).
-
-    The text says where it stopped and whether the same command resumes there. `number` is the signal's: 2 is SIGINT,
-    15 SIGTERM.
-    """
+    """The run was stopped by a signal; the text says where, and whether the same command resumes there. `number` is the
+    signal's: 2 is SIGINT (Ctrl-C), 15 SIGTERM."""
 
     def __init__(self, text: str = "stopped", number: int = 2) -> None:
         super().__init__(text)

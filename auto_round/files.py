@@ -37,12 +37,8 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def safetensors_header(
     specs: Iterable[tuple[str, Sequence[int], torch.dtype]], metadata: Mapping[str, str], capacity: int = 0
 ) -> tuple[bytes, dict[str, int], int]:
-    """Header of a safetensors file with these tensors (name, shape, dtype) in this order, without gaps.
-
-    `capacity`: bytes to which the JSON text is padded.
-
-    Returns (the bytes before the tensors, offset of each tensor in the file, size of the file).
-    """
+    """Header of a safetensors file with these tensors (name, shape, dtype) in this order, without gaps, its JSON padded
+    to `capacity` bytes. Returns (the bytes before the tensors, offset of each tensor in the file, size of the file)."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     starts: dict[str, int] = {}
     end = 0
@@ -66,14 +62,15 @@ def path_inside(folder: str | os.PathLike[str], name: str) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Sync the directory entries of a folder to disk, where the system can. Raises OutputError when that fails."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError as error:
-            raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
-        finally:
-            os.close(handle)
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        raise OutputError(f"names in {folder} cannot be written ({error.strerror}); free some space") from error
+    finally:
+        os.close(handle)
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

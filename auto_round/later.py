@@ -1,8 +1,4 @@
-"""Features of the user guide that this version lacks, as one table with the error message of each.
-
-The command line, `AutoRound` and imports all use this table, so the message does not depend on how the feature was
-requested.
-"""
+"""Features of the user guide that this version lacks, as one table with the error message of each."""
 
 from __future__ import annotations
 
@@ -18,19 +14,12 @@ from auto_round.errors import MissingFeatureError, UnsupportedError
 
 @dataclass(frozen=True)
 class Feature:
-    """A feature that this version does not have.
+    """A feature that this version does not have."""
 
-    Attributes:
-        what: its name in messages.
-        names: flags and keywords that request it, without leading dashes.
-        classes: classes of the Python interface that belong to it.
-        instead: what to use instead.
-    """
-
-    what: str
-    names: tuple[str, ...]
-    classes: tuple[str, ...]
-    instead: str
+    what: str  # its name in messages
+    instead: str  # what to use instead
+    names: tuple[str, ...]  # flags and keywords that request it, without leading dashes
+    classes: tuple[str, ...]  # of the Python interface
 
     def sentence(self, spelling: str) -> str:
         """The error message, where `spelling` is what the user wrote."""
@@ -38,18 +27,16 @@ class Feature:
 
 
 def _feature(what: str, instead: str, names: str = "", classes: str = "") -> Feature:
-    return Feature(what, tuple(names.split()), tuple(classes.split()), instead)
+    return Feature(what, instead, tuple(names.split()), tuple(classes.split()))
 
 
 _TEXT = "text models (causal language models) work"
 _TUNED = "the algorithms of this version are auto_round (tuned rounding) and rtn"
 
 AUTO_SCHEME = _feature(
-    "AutoScheme (mixed bits chosen automatically)",
-    "give mixed bits by hand with layer_config (--layer_config)",
-    "avg_bits target_bits options option shared_layers ignore_scale_zp_bits",
-    "AutoScheme",
-)
+    "AutoScheme (mixed bits chosen automatically)", "give mixed bits by hand with layer_config (--layer_config)",
+    "avg_bits target_bits options option shared_layers ignore_scale_zp_bits", "AutoScheme",
+)  # fmt: skip
 AWQ = _feature(
     "AWQ smoothing",
     _TUNED,
@@ -166,17 +153,13 @@ def refuse_algorithm(spelling: str, name: str) -> None:
     refuse(ALGORITHMS.get(name.strip().lower().replace("-", "_")), spelling)
 
 
-def refuse_class(name: str) -> None:
-    """Raise MissingFeatureError, which is an ImportError, when the class `name` belongs to a missing feature."""
-    if name in _BY_CLASS:
-        raise MissingFeatureError(_BY_CLASS[name].sentence(name))
-
-
 def missing_classes(module: str) -> Callable[[str], Any]:
-    """A `__getattr__` for `module` that refuses the classes of missing features."""
+    """A `__getattr__` for `module` that refuses the classes of missing features with MissingFeatureError, which is an
+    ImportError."""
 
     def module_getattr(name: str) -> Any:
-        refuse_class(name)
+        if name in _BY_CLASS:
+            raise MissingFeatureError(_BY_CLASS[name].sentence(name))
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return module_getattr

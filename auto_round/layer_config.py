@@ -12,7 +12,6 @@ from typing import Any
 from auto_round.errors import ConfigError, nearest
 from auto_round.schemes import ACTIVATION_KEYS, QuantizationScheme, parse_scheme, preset_name_to_scheme
 
-LayerConfig = Mapping[str, Any]
 _MAX_DEPTH = 20
 # Keys that the attribute `AutoRound.layer_config` adds to the scheme's; ignored when its value is passed in again.
 INFO_KEYS = ("in_blocks", "fixed_by_user", "mostly", "scale_dtype")
@@ -22,10 +21,8 @@ _REGEX_CHARS = re.compile(r"[\\^$*+?\[\](){}|]")
 def parse_layer_config(text: str) -> dict[str, Any]:
     """Parse the value of `--layer_config`: JSON, the same without quotes, or the path of a `.json` file.
 
-    Without quotes: `{k_proj:{bits:8},v_proj:{bits:8,group_size:32},lm_head:W4A16}`. Keys may be regular expressions; a
-    key that contains `:` needs quotes. Whole numbers in quotes (`{"bits": "8"}`) are read as numbers.
-
-    Raises ConfigError when the text is not such a mapping; the message gives the position.
+    Without quotes: `{k_proj:{bits:8},lm_head:W4A16}`. A key that contains `:` needs quotes. Whole numbers in quotes
+    (`{"bits": "8"}`) are read as numbers. Raises ConfigError, with the position, when the text is no such mapping.
     """
     text = text.strip()
     if text.endswith(".json") and "{" not in text:
@@ -79,7 +76,13 @@ class _RelaxedReader:
         end = {"{": "}", "[": "]", "(": ")"}.get(self._peek())
         if end is None:
             word, quoted = self._string(",}])")
-            return word if quoted else _plain(word)
+            special = {"true": True, "false": False, "none": None, "null": None}
+            if quoted or word.lower() in special:
+                return word if quoted else special[word.lower()]
+            for kind in (int, float):
+                with suppress(ValueError):
+                    return kind(word)
+            return word
         if depth == _MAX_DEPTH:
             raise self._error("brackets nested too deeply")
         self.at += 1
@@ -116,17 +119,6 @@ class _RelaxedReader:
         return word, False
 
 
-def _plain(word: str) -> Any:
-    """An unquoted word as truth value, None, number or text."""
-    special = {"true": True, "false": False, "none": None, "null": None}
-    if word.lower() in special:
-        return special[word.lower()]
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(word)
-    return word
-
-
 def parse_ignore_layers(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """The tuple of patterns in a list or in a text such as "mlp, lm_head"."""
     if not value:
@@ -140,11 +132,7 @@ def parse_ignore_layers(value: str | Sequence[str] | None) -> tuple[str, ...]:
 
 def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
     """The layers that a pattern matches: the one of that full name, else those that a regular expression or partial
-    name matches.
-
-    A digit at either end of a partial name must not continue in the layer's name: `layers.1` does not match
-    `layers.10`, and `k_proj` matches `model.layers.0.self_attn.k_proj`.
-    """
+    name matches. A number at either end of a partial name is a whole one: `layers.1` does not match `layers.10`."""
     if not isinstance(pattern, str) or not pattern.strip():
         raise ConfigError(f"layer pattern {pattern!r} is empty or not text; give a layer's name or a part of it")
     if pattern in layers:
@@ -163,22 +151,16 @@ def matching_layers(pattern: str, layers: Sequence[str]) -> list[str]:
 
 
 def pattern_regex(pattern: str) -> str:
-    """A regular expression, such as `.*k_proj.*`, that finds every layer that a pattern matches.
-
-    It may match more: `layers.1` also finds `layers.10`. The glob `*k_proj` becomes `.*k_proj`.
-    """
+    """A regular expression, such as `.*k_proj.*`, that finds every layer that a pattern matches, and may find more. The
+    glob `*k_proj` becomes `.*k_proj`."""
     if _REGEX_CHARS.search(pattern):
         return "." + pattern if pattern.startswith("*") else pattern
     return f".*{re.escape(pattern)}.*"
 
 
 def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> QuantizationScheme:
-    """The scheme of one value of a layer configuration: a preset name, a scheme, bits, or fields that change `default`.
-
-    A field `scheme` replaces `default` as the base of the others: `{"scheme": "W8A16", "group_size": 32}`.
-
-    Raises ConfigError for an unknown preset or field, or a value that is not allowed.
-    """
+    """The scheme of one value of a layer configuration: a preset name, a scheme, bits, or fields that change `default`,
+    or the scheme under the key `scheme`. Raises ConfigError for an unknown preset or field, or a wrong value."""
     if isinstance(entry, QuantizationScheme):
         return entry
     if isinstance(entry, str):
@@ -209,7 +191,7 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
 def resolve_layers(
     layers: Iterable[str],
     default: QuantizationScheme,
-    layer_config: LayerConfig | None = None,
+    layer_config: Mapping[str, Any] | None = None,
     ignore_layers: str | Sequence[str] | None = None,
     outside_blocks: Iterable[str] = (),
     quant_lm_head: bool = False,
@@ -225,13 +207,12 @@ def resolve_layers(
         layer_config: {full name | partial name | regular expression: scheme, preset name or fields}. A full name takes
             precedence over a pattern, and a later pattern over an earlier one.
         ignore_layers: patterns of layers left in full precision; they take precedence over `layer_config`.
-        outside_blocks: names of the linear layers outside blocks, such as `lm_head`: full precision unless named.
-        quant_lm_head: give the layers outside blocks the default scheme too.
+        outside_blocks: names of the linear layers outside blocks: full precision unless named or `quant_lm_head`.
         own_defaults: by layer, a default scheme that replaces `default`.
         other_modules: names of modules that are never quantized. An entry of 16 bits may name them.
         unmatched: called with the message about a pattern that matches no layer; None raises it as ConfigError.
 
-    Raises ConfigError when a pattern matches no layer (with the nearest names), or an entry is not a scheme.
+    Raises ConfigError when an entry is not a scheme.
     """
 
     def report(message: str) -> None:

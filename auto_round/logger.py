@@ -1,15 +1,11 @@
-"""The package's logger.
-
-Importing this module adds no output. The command line calls `setup_logging`; `AutoRound` calls `ensure_logging`, which
-does nothing when the program has set up logging itself.
-"""
+"""The package's logger. Importing this module adds no output."""
 
 from __future__ import annotations
 
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any
 
 from auto_round import envs
 from auto_round.errors import ConfigError, OutputError, nearest
@@ -22,14 +18,8 @@ logger.addHandler(logging.NullHandler())
 
 _seen: set[str] = set()
 
-# `StreamHandler[TextIO]` cannot be evaluated at run time on Python 3.10.
-if TYPE_CHECKING:
-    _Handler = logging.StreamHandler[TextIO]
-else:
-    _Handler = logging.StreamHandler
 
-
-class _StderrHandler(_Handler):
+class _StderrHandler(logging.StreamHandler):
     """Writes to the current sys.stderr, so that log lines do not break a progress bar that redirects it."""
 
     def __init__(self) -> None:
@@ -40,25 +30,19 @@ class _StderrHandler(_Handler):
         super().emit(record)
 
 
-def level_number(level: str | int) -> int:
-    """The numeric level of a name such as "debug" or "TRACE". Raises ConfigError for an unknown name."""
-    if isinstance(level, int):
-        return level
-    name = level.strip().upper()
-    if name not in envs.LOG_LEVELS:
-        raise ConfigError(
-            f"log level {level!r} is not known; use {', '.join(envs.LOG_LEVELS)}{nearest(name, envs.LOG_LEVELS)}"
-        )
-    return TRACE if name == "TRACE" else getattr(logging, name)
-
-
 def setup_logging(level: str | int | None = None, log_file: str | Path | None = None) -> None:
     """Show the package's messages on stderr, and write all of them to `log_file` when one is given.
 
     Calling it again changes level and file, and never doubles the output. `level` None takes AR_LOG_LEVEL. Raises
     ConfigError for an unknown level and OutputError when the file cannot be opened.
     """
-    number = level_number(envs.get("AR_LOG_LEVEL") if level is None else level)
+    given = envs.get("AR_LOG_LEVEL") if level is None else level
+    name = str(given).strip().upper()
+    if not isinstance(given, int) and name not in envs.LOG_LEVELS:
+        raise ConfigError(
+            f"log level {level!r} is not known; use {', '.join(envs.LOG_LEVELS)}{nearest(name, envs.LOG_LEVELS)}"
+        )
+    number: int = given if isinstance(given, int) else TRACE if name == "TRACE" else getattr(logging, name)
     file_handler: logging.FileHandler | None = None
     if log_file is not None:
         try:
@@ -83,9 +67,8 @@ def setup_logging(level: str | int | None = None, log_file: str | Path | None = 
 
 def ensure_logging() -> None:
     """Call `setup_logging()` unless the program has set up logging itself."""
-    if logging.getLogger().handlers or any(not isinstance(h, logging.NullHandler) for h in logger.handlers):
-        return
-    setup_logging()
+    if not logging.getLogger().handlers and all(isinstance(h, logging.NullHandler) for h in logger.handlers):
+        setup_logging()
 
 
 def _remove_own_handlers() -> None:

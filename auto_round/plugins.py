@@ -1,12 +1,6 @@
-"""Load plugins: modules that register data types, schemes, formats, datasets, GGUF families, algorithms and backends.
+"""Load plugins: modules that call the `register_...` functions when imported (docs/plugins.md).
 
-A plugin is a Python module that calls the `register_...` functions when imported. There are two ways to name one:
-
-- an installed package declares an entry point in the group `auto_round.plugins`; it is loaded in every run;
-- a file is named by path: `--plugin FILE.py`, `AutoRound(plugins=[...])` or the variable AR_PLUGINS.
-
-`load_plugins` is called where names arrive (`AutoRound`, the verbs of the command line, Transformers' loading hook),
-never by `import auto_round`.
+One is an entry point of an installed package, in the group `auto_round.plugins`, or a file that is named by path.
 """
 
 from __future__ import annotations
@@ -24,7 +18,6 @@ from pathlib import Path
 from auto_round import envs
 from auto_round.errors import AutoRoundError, ConfigError
 
-ENTRY_POINT_GROUP = "auto_round.plugins"
 _PREFIX = "auto_round_plugin_"
 
 # Loaded plugins: path or entry point -> (name, digest of the file or version of the package).
@@ -32,11 +25,8 @@ _LOADED: dict[str, tuple[str, str]] = {}
 
 
 def load_plugins(files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = ()) -> None:
-    """Load the installed plugins, the files of AR_PLUGINS, and `files`; each once in a process, in this order.
-
-    Raises:
-        ConfigError: a plugin cannot be loaded. The message names it, the error and, in a file, the line.
-    """
+    """Load the installed plugins, the files of AR_PLUGINS, and `files`; each once in a process, in this order. Raises
+    ConfigError when one cannot be loaded; the message names it, the error and, in a file, the line."""
     _load_entry_points()
     given = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     listed = [part for part in (envs.AR_PLUGINS or "").split(os.pathsep) if part.strip()]
@@ -52,7 +42,7 @@ def loaded_plugins() -> dict[str, str]:
 @cache
 def _load_entry_points() -> None:
     """Import the module of each entry point; of `module:function`, call the function too."""
-    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP)):
+    for entry in sorted(entry_points(group="auto_round.plugins")):
         package = "unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
         key = f"{entry.name} = {entry.value}"
         if key in _LOADED:

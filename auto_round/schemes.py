@@ -26,20 +26,13 @@ _DTYPE_ALIASES: dict[str, tuple[str, int | None]] = {
 
 @dataclass(frozen=True)
 class ActivationScheme:
-    """How the inputs of a layer are quantized, with every default filled in.
-
-    Attributes:
-        bits, sym, data_type: as for weights.
-        group_size: values that share a scale: -1 all of a token, >0 that many of a token, 0 the whole tensor. Static
-            scales are always per tensor.
-        dynamic: scales are computed from each input; else one static scale comes from the calibration data.
-    """
+    """How the inputs of a layer are quantized, with every default filled in."""
 
     bits: int
-    group_size: GroupSize
+    group_size: GroupSize  # values per scale: -1 all of a token, >0 that many of it, 0 (always if static) the tensor
     sym: bool
     data_type: str
-    dynamic: bool
+    dynamic: bool  # scales are computed from each input; else one static scale comes from the calibration data
 
     @property
     def has_global_scale(self) -> bool:
@@ -64,15 +57,13 @@ def argument(
     Args:
         help: one line for the flag, whose default is added to it; "" for a keyword without a flag.
         aliases, off: other spellings of the flag, and spellings that set the opposite.
-        choices: allowed values of the flag.
         local: why no recipe holds it.
         quiet: it decides nothing of the result: a recipe may set it, and one that is written for a run does not.
     """
     metadata: dict[str, Any] = {"help": help, "aliases": tuple(aliases.split()), "off": tuple(off.split())}
     metadata |= {"choices": tuple(choices), "quiet": quiet, **({"local": local} if local else {})}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    made: dict[str, Any] = {"default_factory": dict} if isinstance(default, dict) else {"default": default}
+    return field(**made, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -80,17 +71,8 @@ class SchemeFields:
     """The fields of a scheme; None is not given. Base of the algorithms' settings, which `AutoRound` merges into its
     scheme.
 
-    Attributes:
-        bits: bits per weight; 16 and above leave the layer in full precision.
-        group_size: weights that share a scale, along the input dimension: >0 per group, -1 per output channel,
-            0 per tensor, a pair (rows, columns) for two-dimensional blocks.
-        sym: symmetric around zero, or asymmetric with a zero point.
-        data_type: registered name of the weight data type, see `auto_round.data_type`. A spelling that includes bits
-            (`mxfp8`) sets `bits`.
-        act_bits, act_group_size, act_sym, act_data_type, act_dynamic: the same for activations; None takes the
-            default (16 bits, dynamic, otherwise the weights' values).
-        super_bits, super_group_size: double quantization of the scales (GGUF K-quants).
-        rotation_config: options of a rotation applied before quantization.
+    16 `bits` and above leave a layer in full precision. `group_size` is along the input dimension. A `data_type` that
+    includes bits (`mxfp8`) sets `bits`. None for activations takes 16 bits, dynamic, otherwise the weights' values.
     """
 
     bits: int | None = argument(None, "bits per weight, instead of the scheme's", aliases="bit")
@@ -112,11 +94,9 @@ class SchemeFields:
     rotation_config: Any = argument(None)
 
     def scheme_overrides(self) -> dict[str, Any]:
-        """The scheme fields that are not None."""
         return {key: getattr(self, key) for key in SCHEME_KEYS if getattr(self, key) is not None}
 
     def without_scheme(self: _Config) -> _Config:
-        """A copy with all scheme fields None."""
         return replace(self, **dict.fromkeys(SCHEME_KEYS))
 
     def __repr__(self) -> str:
@@ -126,11 +106,7 @@ class SchemeFields:
 
 @dataclass(frozen=True)
 class QuantizationScheme(SchemeFields, Mapping[str, Any]):
-    """How one layer is quantized. It can be read as a mapping, because layer configurations mix schemes and mappings.
-
-    Attributes:
-        bits, group_size, sym, data_type and the others: see `SchemeFields`; None takes the default.
-    """
+    """How one layer is quantized; None takes the default. Also a mapping, as the entries of a layer configuration."""
 
     bits: int = 4
     group_size: GroupSize = 128
@@ -168,7 +144,6 @@ class QuantizationScheme(SchemeFields, Mapping[str, Any]):
             object.__setattr__(self, bits_field, width)
 
     def _comparison_key(self) -> tuple[Any, ...]:
-        """All fields; those of activations only when activations are quantized."""
         skipped = () if self.quantizes_activations else ACTIVATION_KEYS
         return tuple(None if key in skipped else getattr(self, key) for key in SCHEME_KEYS)
 
@@ -238,7 +213,8 @@ class QuantizationScheme(SchemeFields, Mapping[str, Any]):
         if not self.quantizes_weights:
             return "full precision"
         size = self.group_size
-        group = f"g{size[0]}x{size[1]}" if isinstance(size, tuple) else _GROUP_WORDS.get(size, f"g{size}")
+        words = {-1: "per channel", 0: "per tensor"}
+        group = f"g{size[0]}x{size[1]}" if isinstance(size, tuple) else words.get(size, f"g{size}")
         text = f"{self.data_type}{self.bits} {group} {'sym' if self.sym else 'asym'}"
         if self.quantizes_activations:
             kind = " static" if self.act_dynamic is False else ""
@@ -246,7 +222,6 @@ class QuantizationScheme(SchemeFields, Mapping[str, Any]):
         return text
 
 
-_GROUP_WORDS = {-1: "per channel", 0: "per tensor"}
 SCHEME_KEYS = tuple(f.name for f in fields(SchemeFields))
 
 
@@ -300,15 +275,10 @@ PRESET_SCHEMES: dict[str, QuantizationScheme] = {
 
 @dataclass(frozen=True)
 class MixedPreset:
-    """Bits of the other layers in a preset whose scheme applies to routed experts only.
-
-    Attributes:
-        other_bits: of every other layer.
-        multimodal_other_bits: of every other layer of a model that also reads images or sound.
-    """
+    """Bits of the other layers in a preset whose scheme applies to routed experts only."""
 
     other_bits: int
-    multimodal_other_bits: int
+    multimodal_other_bits: int  # in a model that also reads images or sound
 
 
 MIXED_PRESETS: dict[str, MixedPreset] = {"W4A16_MIXED": MixedPreset(other_bits=8, multimodal_other_bits=16)}
@@ -340,7 +310,7 @@ def __getattr__(name: str) -> QuantizationScheme:
 
 
 def normalize_preset_name(name: str) -> str:
-    """Upper case, dashes as underscores: `w4a16` and `W4A16` are one preset."""
+    """`w4a16` as `W4A16`: upper case, dashes as underscores."""
     return re.sub(r"[-\s]", "_", name.strip().strip("'\"")).upper()
 
 
@@ -355,16 +325,13 @@ def is_preset_scheme(name: str) -> bool:
 
 
 def preset_name_to_scheme(name: str) -> QuantizationScheme:
-    """The preset called `name`, in any case.
-
-    Raises ConfigError with the nearest names, and UnsupportedError for a preset that this version lacks.
-    """
+    """The preset called `name`, in any case. Raises ConfigError with the nearest names, and UnsupportedError for a
+    preset that this version lacks."""
     key = normalize_preset_name(name)
     refuse(SCHEMES.get(key), f"scheme {name!r}")
-    if key not in PRESET_SCHEMES and key.startswith("GGUF") and "*" in key:
-        types = ", ".join(preset for preset in PRESET_SCHEMES if preset.startswith("GGUF:"))
-        raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {types}")
     if key not in PRESET_SCHEMES:
+        if key.startswith("GGUF") and "*" in key:
+            raise ConfigError(f"unknown scheme {name!r}; the GGUF types are {', '.join(f'GGUF:{t}' for t in _GGUF)}")
         raise ConfigError(
             f"unknown scheme {name!r}{nearest(key, PRESET_SCHEMES)} Known schemes: {', '.join(sorted(PRESET_SCHEMES))}"
         )

@@ -1,7 +1,6 @@
 """Run independent work in parallel on CPU cores, each worker with its share of PyTorch's threads.
 
-PyTorch splits each operation among its threads. For short operations (a search over small groups, error feedback column
-by column) the synchronization costs more than it saves; running whole layers in parallel avoids it.
+For short operations PyTorch's own split among threads costs more than it saves.
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from auto_round import AutoRound
+from auto_round.calibration.data.sources import held_out_documents
 from auto_round.eval import EvalResult, evaluate, window_logits
-from auto_round.eval.evaluate import held_out_text, load_model, load_tokenizer
+from auto_round.eval.evaluate import HELD_OUT, load_model, load_tokenizer
 from auto_round.eval.measures import make_windows, read_text
 from auto_round.run.settings import resolve_device
 
@@ -91,7 +92,7 @@ class Judge:
         if text is not None:
             self.documents, self.what = [read_text(text)], text.name
         else:
-            self.documents, self.what = held_out_text()
+            self.documents, self.what = held_out_documents(), HELD_OUT
         self.device, self.max_windows = device, max_windows
         self.tokenizer = load_tokenizer(model)
         windows, _ = make_windows(self.documents, self.tokenizer, seqlen=EVAL_SEQLEN, max_windows=max_windows)

@@ -1,12 +1,7 @@
-"""All flags of the command line as data. Most are keywords of `AutoRound`, the fields in `config.py`; here they are put
-under headings, and the flags of the verbs themselves are added.
-
-The verbs pass all given values on, so that no flag is parsed and ignored. Underscores and dashes are equal in names.
-"""
+"""All flags of the command line as data: those of `AutoRound`'s keywords (`config.py`), and the verbs' own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import Field, dataclass, fields, replace
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -16,27 +11,16 @@ from auto_round.config import DTYPES, PARTS
 
 @dataclass(frozen=True)
 class Flag:
-    """One setting.
+    """One setting."""
 
-    Attributes:
-        dest: name of the value; also the first spelling.
-        help: one line.
-        kind: "str", "int", "float", "switch" (no value), "size" (int or "rows,columns"), "list" (may be repeated).
-        aliases: other spellings.
-        off: spellings that set the opposite of a switch.
-        metavar: name of the value in the help.
-        choices: allowed values.
-        hidden: left out of the help (accepted for old scripts).
-    """
-
-    dest: str
+    dest: str  # name of the value; also the first spelling
     help: str
-    kind: str = "str"
+    kind: str = "str"  # or "int", "float", "switch" (no value), "size" (int or "rows,columns"), "list" (repeatable)
     aliases: tuple[str, ...] = ()
-    off: tuple[str, ...] = ()
+    off: tuple[str, ...] = ()  # spellings that set the opposite of a switch
     metavar: str = ""
     choices: tuple[str, ...] = ()
-    hidden: bool = False
+    hidden: bool = False  # left out of the help
 
 
 @dataclass(frozen=True)
@@ -47,39 +31,27 @@ class Group:
     flags: tuple[Flag, ...]
 
 
-def _kind(hint: Any) -> str:
-    """The kind of a keyword's flag, from the type of the keyword."""
+def _keyword_flag(keyword: Field[Any], hint: Any) -> Flag:
+    """The flag of a keyword: its kind from the keyword's type, its help with the default."""
     types = [one for one in get_args(hint) or (hint,) if one is not NoneType]
+    kind = {int: "int", float: "float"}.get(types[0], "str") if len(types) == 1 else "str"
     if any(get_origin(one) is tuple for one in types):
-        return "size"
-    if bool in types:
-        return "switch"
-    return {int: "int", float: "float"}.get(types[0], "str") if len(types) == 1 else "str"
+        kind = "size"
+    elif bool in types:
+        kind = "switch"
+    data, text, default = keyword.metadata, keyword.metadata["help"], keyword.default
+    if "default" not in text and default is not False and isinstance(default, (str, int, float)):
+        shown = f" {default:g}" if isinstance(default, float) else f" {default}"
+        text += " (default)" if default is True else f" (default{shown})"
+    return Flag(keyword.name, text, kind, data["aliases"], data["off"], choices=data["choices"])
 
 
-def _help(keyword: Field[Any]) -> str:
-    """The help of a keyword's flag, with the default."""
-    text: str = keyword.metadata["help"]
-    default = keyword.default
-    if "default" in text or default is False or not isinstance(default, (str, int, float)):
-        return text
-    shown = f"{default:g}" if isinstance(default, float) else default
-    return f"{text} (default)" if default is True else f"{text} (default {shown})"
-
-
-def _keyword_flags() -> Iterator[Flag]:
-    """The flag of every keyword that has one."""
-    for part in PARTS.values():
-        hints = get_type_hints(part)
-        for keyword in fields(part):
-            data = keyword.metadata
-            if data["help"]:
-                kind = _kind(hints[keyword.name])
-                spellings = (data["aliases"], data["off"])
-                yield Flag(keyword.name, _help(keyword), kind, *spellings, choices=data["choices"])
-
-
-_KEYWORDS = {flag.dest: flag for flag in _keyword_flags()}
+_KEYWORDS = {
+    keyword.name: _keyword_flag(keyword, get_type_hints(part)[keyword.name])
+    for part in PARTS.values()
+    for keyword in fields(part)
+    if keyword.metadata["help"]
+}
 
 
 def _keywords(names: str) -> tuple[Flag, ...]:
@@ -91,17 +63,13 @@ def _switch(dest: str, help: str, off: tuple[str, ...] = (), hidden: bool = Fals
 
 
 MODEL = Flag(
-    "model",
-    "folder or hub id of the model; may also be given without a flag",
+    "model", "folder or hub id of the model; may also be given without a flag",
     aliases=("model_name", "model_name_or_path"),
-)
+)  # fmt: skip
 PLUGINS = Flag(
-    "plugins",
-    "Python file that registers data types, formats, datasets and the like; may be repeated",
-    "list",
-    aliases=("plugin",),
-    metavar="FILE",
-)
+    "plugins", "Python file that registers data types, formats, datasets and the like; may be repeated", "list",
+    aliases=("plugin",), metavar="FILE",
+)  # fmt: skip
 OUTPUT_FLAGS = (
     Flag("output_dir", "folder to write to (default ./tmp_autoround)"),
     _switch("overwrite", "replace the contents of the output folder"),
@@ -113,17 +81,14 @@ RECIPE_FLAGS = (
     Flag("save_recipe", "write the settings to this file; with --dry_run that is all", metavar="FILE.yaml"),
 )
 _EVAL_DTYPE = Flag(
-    "eval_model_dtype",
-    "dtype to evaluate in; default: the model's, or float32 on a CPU that is slow in it",
+    "eval_model_dtype", "dtype to evaluate in; default: the model's, or float32 on a CPU that is slow in it",
     choices=DTYPES,
-)
+)  # fmt: skip
 EVAL_FLAGS = (
     _switch("eval", "evaluate the saved model (last format); alone: only evaluate the model"),
     Flag("reference", "full-precision model to compare with (after quantizing: the model itself)", metavar="MODEL"),
     Flag(
-        "eval_text",
-        "text file to measure on; default: a part of the bundled text",
-        aliases=("eval_dataset",),
+        "eval_text", "text file to measure on; default: a part of the bundled text", aliases=("eval_dataset",),
         metavar="FILE",
     ),
     Flag("eval_seqlen", "tokens per window (default 512)", "int"),
@@ -134,93 +99,63 @@ EVAL_FLAGS = (
     _switch("add_bos_token", "start every window with BOS; default: if the tokenizer does", ("no_add_bos_token",)),
     Flag("eval_output", "also write the results to this file", metavar="JSON"),
     Flag("eval_backend", "what runs the model: hf", choices=("hf",), hidden=True),
-)
+)  # fmt: skip
 _EVAL = {flag.dest: flag for flag in EVAL_FLAGS}
 _MODEL_SOURCE = (*_keywords("platform trust_remote_code"), PLUGINS)
 
 QUANTIZE_GROUPS = (
     Group("model", (MODEL, *_keywords("model_dtype platform trust_remote_code allow_pickle"), PLUGINS)),
-    Group(
-        "quantization scheme",
-        _keywords(
-            "scheme bits group_size sym super_bits super_group_size data_type act_bits act_group_size act_sym "
-            "act_data_type act_dynamic scale_dtype layer_config ignore_layers quant_lm_head to_quant_block_names"
-        ),
-    ),
-    Group(
-        "scales for a key-value cache in FP8",
-        _keywords("static_kv_dtype static_kv_granularity static_attention_dtype static_attention_granularity"),
-    ),
+    Group("quantization scheme", _keywords(
+        "scheme bits group_size sym super_bits super_group_size data_type act_bits act_group_size act_sym "
+        "act_data_type act_dynamic scale_dtype layer_config ignore_layers quant_lm_head to_quant_block_names"
+    )),
+    Group("scales for a key-value cache in FP8", _keywords(
+        "static_kv_dtype static_kv_granularity static_attention_dtype static_attention_granularity"
+    )),
     Group("GGUF files", _keywords("imatrix save_imatrix")),
     Group("calibration data", _keywords("dataset nsamples seqlen batch_size seed")),
-    Group(
-        "tuning",
-        _keywords(
-            "algorithm iters lr minmax_lr momentum gradient_accumulate_steps enable_adam enable_minmax_tuning "
-            "enable_quanted_input not_use_best_mse disable_opt_rtn"
-        ),
-    ),
-    Group(
-        "how it runs",
-        _keywords(
-            "device_map enable_torch_compile amp low_gpu_mem_usage on_nan max_memory low_cpu_mem_usage "
-            "enable_deterministic_algorithms"
-        ),
-    ),
+    Group("tuning", _keywords(
+        "algorithm iters lr minmax_lr momentum gradient_accumulate_steps enable_adam enable_minmax_tuning "
+        "enable_quanted_input not_use_best_mse disable_opt_rtn"
+    )),
+    Group("how it runs", _keywords(
+        "device_map enable_torch_compile amp low_gpu_mem_usage on_nan max_memory low_cpu_mem_usage "
+        "enable_deterministic_algorithms"
+    )),
     Group("model-free mode", _keywords("model_free parallelism")),
     Group("output", (*_keywords("format"), *OUTPUT_FLAGS, *_keywords("max_shard_size verify strict"))),
     Group("recipe files", RECIPE_FLAGS),
     Group("evaluation", EVAL_FLAGS),
-)
+)  # fmt: skip
 EVAL_GROUPS = (
     Group("model", (MODEL, _EVAL["reference"], *_MODEL_SOURCE)),
-    Group(
-        "measuring",
-        (
-            _EVAL["eval_text"],
-            replace(_EVAL["eval_seqlen"], aliases=("seqlen", "seq_len")),
-            replace(_EVAL["eval_bs"], aliases=("bs", "batch_size")),
-            _EVAL["max_windows"],
-            _EVAL["add_bos_token"],
-        ),
-    ),
-    Group(
-        "how it runs",
-        (
-            *_keywords("device_map"),
-            replace(_EVAL_DTYPE, aliases=("model_dtype",)),
-            *(_EVAL[name] for name in ("backend", "eval_output", "eval_backend")),
-            _switch("eval", "the verb's old spelling", hidden=True),
-        ),
-    ),
-)
+    Group("measuring", (
+        _EVAL["eval_text"], replace(_EVAL["eval_seqlen"], aliases=("seqlen", "seq_len")),
+        replace(_EVAL["eval_bs"], aliases=("bs", "batch_size")), _EVAL["max_windows"], _EVAL["add_bos_token"],
+    )),
+    Group("how it runs", (
+        *_keywords("device_map"), replace(_EVAL_DTYPE, aliases=("model_dtype",)),
+        *(_EVAL[name] for name in ("backend", "eval_output", "eval_backend")),
+        _switch("eval", "the verb's old spelling", hidden=True),
+    )),
+)  # fmt: skip
 GENERATE_GROUPS = (
     Group("model", (MODEL, *_MODEL_SOURCE)),
-    Group(
-        "text",
-        (
-            Flag("prompt", "the text to continue"),
-            Flag("max_new_tokens", "tokens to generate at most (default 64)", "int"),
-            _switch("chat", "put the prompt into the model's chat template (default: if it has one)", ("no_chat",)),
-            _switch("do_sample", "draw tokens at random (default: always the likeliest)"),
-            Flag("temperature", "of the random draw, above 0 (default: the model's); implies --do_sample", "float"),
-            *_keywords("seed"),
-        ),
-    ),
-    Group(
-        "how it runs",
-        (
-            *_keywords("device_map"),
-            replace(
-                _EVAL_DTYPE,
-                dest="model_dtype",
-                help=_EVAL_DTYPE.help.replace("evaluate", "compute"),
-                aliases=("eval_model_dtype",),
-            ),
-            _EVAL["backend"],
-        ),
-    ),
-)
+    Group("text", (
+        Flag("prompt", "the text to continue"),
+        Flag("max_new_tokens", "tokens to generate at most (default 64)", "int"),
+        _switch("chat", "put the prompt into the model's chat template (default: if it has one)", ("no_chat",)),
+        _switch("do_sample", "draw tokens at random (default: always the likeliest)"),
+        Flag("temperature", "of the random draw, above 0 (default: the model's); implies --do_sample", "float"),
+        *_keywords("seed"),
+    )),
+    Group("how it runs", (
+        *_keywords("device_map"),
+        Flag("model_dtype", _EVAL_DTYPE.help.replace("evaluate", "compute"), aliases=("eval_model_dtype",),
+             choices=DTYPES),
+        _EVAL["backend"],
+    )),
+)  # fmt: skip
 
 
 def spellings(groups: tuple[Group, ...]) -> dict[str, Flag]:

@@ -17,13 +17,7 @@ USAGE = "auto-round eval MODEL [--reference MODEL] [--eval_text FILE] [flags]"
 def run_verb(argv: Sequence[str]) -> int:
     """Evaluate a model. Returns the exit code."""
     parser = build("auto-round eval", USAGE, "Measure perplexity, KL divergence and top-1 agreement.", EVAL_GROUPS)
-    return run_parsed(parser, EVAL_GROUPS, argv, _run_eval)
-
-
-def _run_eval(given: dict[str, Any]) -> int:
-    if "model" not in given:
-        raise ConfigError(f"no model was given; use {USAGE}")
-    return evaluate_from_flags(given)
+    return run_parsed(parser, EVAL_GROUPS, argv, evaluate_from_flags)
 
 
 def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None) -> int:
@@ -31,6 +25,8 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
     `record_in`: folder of a model just saved, whose card and report get the result.
     """
+    if "model" not in given:
+        raise ConfigError(f"no model was given; use {USAGE}")
     output = Path(given["eval_output"]).expanduser() if "eval_output" in given else None
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise OutputError(
@@ -41,22 +37,18 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
     from rich.table import Table
     from rich.text import Text
 
-    from auto_round.eval.evaluate import DEFAULT_SEQLEN, DEFAULT_WINDOWS, evaluate
+    from auto_round.eval.evaluate import evaluate
     from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
+    names = {"path": "eval_text", "seqlen": "eval_seqlen", "max_windows": "max_windows", "batch_size": "eval_bs",
+             "add_bos": "add_bos_token", "trust_remote_code": "trust_remote_code", "backend": "backend"}  # fmt: skip
     result = evaluate(
         local_folder(given["model"], given),
-        path=given.get("eval_text"),
         reference=local_folder(given["reference"], given) if "reference" in given else None,
-        seqlen=given.get("eval_seqlen", DEFAULT_SEQLEN),
-        max_windows=given.get("max_windows", DEFAULT_WINDOWS),
-        batch_size=given.get("eval_bs", 1),
         device=resolve_device(given.get("device_map")),
         dtype=resolve_dtype(given.get("eval_model_dtype")),
-        add_bos=given.get("add_bos_token"),
-        trust_remote_code=given.get("trust_remote_code", False),
-        backend=given.get("backend"),
+        **{name: given[flag] for name, flag in names.items() if flag in given},
     )
     table = Table()
     table.add_column("measure")
@@ -72,8 +64,8 @@ def evaluate_from_flags(given: Mapping[str, Any], record_in: Path | None = None)
 
         add_quality(record_in, result.to_dict(), result.rows(), result.describe())
     if output is not None:
+        from auto_round.config import plain
         from auto_round.files import write_text
-        from auto_round.report.run_report import plain
 
         write_text(output, json.dumps(plain(result.to_dict()), indent=2, allow_nan=False) + "\n")
     return 0

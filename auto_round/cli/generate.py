@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from auto_round.cli.arguments import GENERATE_GROUPS
@@ -32,23 +33,16 @@ def _run(given: dict[str, Any]) -> int:
     from auto_round.modeling.source import resolve_dtype
     from auto_round.run.settings import resolve_device
 
-    device = given.get("device_map")
-    trust = given.get("trust_remote_code", False)
+    device, trust = given.get("device_map"), given.get("trust_remote_code", False)
     folder = local_folder(given["model"], given)
     tokenizer = load_tokenizer(folder, trust)
     model = load_model(
-        folder,
-        device="auto" if device == "auto" else resolve_device(device),
-        dtype=resolve_dtype(given.get("model_dtype")),
-        trust_remote_code=trust,
-        backend=given.get("backend"),
-    )
+        folder, device="auto" if device == "auto" else resolve_device(device), trust_remote_code=trust,
+        dtype=resolve_dtype(given.get("model_dtype")), backend=given.get("backend"),
+    )  # fmt: skip
     settings = {k: given[k] for k in ("max_new_tokens", "do_sample", "temperature", "chat", "seed") if k in given}
-    result = generate(model, tokenizer, given["prompt"], on_text=_print_text, **settings)
-    _print_text("\n")
+    show = partial(print, end="", flush=True)
+    result = generate(model, tokenizer, given["prompt"], on_text=show, **settings)
+    show("\n")
     print(result.describe(), file=sys.stderr)
     return 0
-
-
-def _print_text(text: str) -> None:
-    print(text, end="", flush=True)

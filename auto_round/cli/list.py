@@ -5,13 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import TYPE_CHECKING
 
+from auto_round.cli.parser import Parser
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.plugins import load_plugins
-
-if TYPE_CHECKING:
-    from auto_round.schemes import QuantizationScheme
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 110) -> str:
@@ -33,7 +30,9 @@ USAGE = "usage: auto-round list {format,scheme,algorithm,dataset,backend,env,rec
 
 def run_verb(argv: Sequence[str]) -> int:
     """Print one of the tables. Raises ConfigError for an unknown one."""
-    words, plugins = _split_plugins([a for a in argv if a not in ("-h", "--help")])
+    parser = Parser("auto-round list", add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", "--plugins", action="append", default=[], metavar="FILE.py")
+    given, words = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
     if not words:
         print(USAGE)
         return 0 if argv else ConfigError.exit_code
@@ -44,26 +43,9 @@ def run_verb(argv: Sequence[str]) -> int:
     key = "algorithm" if key == "alg" else key
     if key not in TABLES:
         raise ConfigError(f"nothing called {words[0]!r} to list{nearest(key, TABLES)} {USAGE}")
-    load_plugins(plugins)
+    load_plugins(given.plugin)
     print(TABLES[key]())
     return 0
-
-
-def _split_plugins(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words, and the values of `--plugin`. Raises ConfigError for one without a value."""
-    words: list[str] = []
-    plugins: list[str] = []
-    rest = list(argv)
-    while rest:
-        word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        if flag not in ("--plugin", "--plugins"):
-            words.append(word)
-        elif equals or rest:
-            plugins.append(value if equals else rest.pop(0))
-        else:
-            raise ConfigError(f"{flag} needs the path of a file; {USAGE}")
-    return words, plugins
 
 
 def formats() -> str:
@@ -76,28 +58,25 @@ def formats() -> str:
 
 def schemes() -> str:
     """Presets, their fields, and the formats that support them or what is missing."""
-    from auto_round.schemes import PRESET_SCHEMES
-
-    rows = [(name, scheme.describe(), _scheme_formats(scheme)) for name, scheme in PRESET_SCHEMES.items()]
-    return text_table(("scheme", "means", "formats"), rows)
-
-
-def _scheme_formats(scheme: QuantizationScheme) -> str:
-    """The formats that support the scheme, or what is missing for it."""
     from auto_round.codecs.activation import activation_function
     from auto_round.codecs.kinds import codec_of
     from auto_round.formats.base import formats_for_scheme
+    from auto_round.schemes import PRESET_SCHEMES
 
-    try:
-        codec_of(scheme)
-    except UnsupportedError:
-        return f"not yet: data type {scheme.data_type}"
-    if scheme.activations is not None:
+    rows = []
+    for name, scheme in PRESET_SCHEMES.items():
+        missing = f"data type {scheme.data_type}"
         try:
-            activation_function(scheme.activations)
+            codec_of(scheme)
+            if scheme.activations is not None:
+                missing = f"activations of data type {scheme.activations.data_type}"
+                activation_function(scheme.activations)
         except UnsupportedError:
-            return f"not yet: activations of data type {scheme.activations.data_type}"
-    return ", ".join(formats_for_scheme(scheme)) or "not yet: no format supports it"
+            supported = f"not yet: {missing}"
+        else:
+            supported = ", ".join(formats_for_scheme(scheme)) or "not yet: no format supports it"
+        rows.append((name, scheme.describe(), supported))
+    return text_table(("scheme", "means", "formats"), rows)
 
 
 def datasets() -> str:
@@ -156,11 +135,7 @@ def recipes() -> str:
     from auto_round.recipes import RECIPES
 
     head = ("recipe", "command", "batch_size", "iters", "seqlen", "nsamples", "lr", "disable_opt_rtn", "for")
-    rows = [
-        (r.name, r.command, str(r.batch_size), str(r.iters), str(r.seqlen), str(r.nsamples), str(r.lr),
-         str(r.disable_opt_rtn), r.summary)
-        for r in RECIPES.values()
-    ]  # fmt: skip
+    rows = [[str(value) for value in vars(recipe).values()] for recipe in RECIPES.values()]
     return text_table(head, rows, width=160)
 
 

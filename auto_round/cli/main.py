@@ -37,19 +37,8 @@ Underscores and dashes in flag names are equal. A message is one line, and the e
 130 stopped by Ctrl-C, 143 by SIGTERM."""
 
 
-def _dispatch(args: list[str], recipe: str) -> int:
-    """Run the verb that `args` names, or quantize."""
-    if args[:1] == ["help"]:
-        args = [*args[1:], "--help"]
-    verb = args[0].replace("--list", "list") if args else ""
-    if verb not in VERBS:
-        verb, args = "quantize", ["quantize", *args]
-    run_verb: Callable[..., int] = import_module(f"auto_round.cli.{verb}").run_verb
-    return run_verb(args[1:], recipe, _OVERVIEW) if verb == "quantize" else run_verb(args[1:])
-
-
-def _run(recipe: str, verb: tuple[str, ...], argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; an error is one line on stderr."""
+def _run(recipe: str, named: tuple[str, ...], argv: Sequence[str] | None = None) -> int:
+    """Run the verb that the arguments name, or quantize, and return its exit code; an error is one line on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         if args == ["--version"]:
@@ -57,8 +46,15 @@ def _run(recipe: str, verb: tuple[str, ...], argv: Sequence[str] | None = None) 
             return 0
         setup_logging()
         _prepare_process()
+        args = [*named, *args]
+        if args[:1] == ["help"]:
+            args = [*args[1:], "--help"]
+        verb = args[0].replace("--list", "list") if args else ""
+        if verb not in VERBS:
+            verb, args = "quantize", ["quantize", *args]
+        run_verb: Callable[..., int] = import_module(f"auto_round.cli.{verb}").run_verb
         with _sigterm_raises():
-            code = _dispatch([*verb, *args], recipe)
+            code = run_verb(args[1:], recipe, _OVERVIEW) if verb == "quantize" else run_verb(args[1:])
         sys.stdout.flush()  # here, where a closed pipe is not an error
         return code
     except AutoRoundError as err:

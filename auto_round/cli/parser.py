@@ -19,7 +19,9 @@ NO_OP_FLAGS: dict[str, tuple[bool, str]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises ConfigError for a usage error, instead of printing it and leaving the process."""
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; see {self.prog} --help")
 
@@ -57,7 +59,7 @@ def build(
     prog: str, usage: str, description: str, groups: tuple[Group, ...], epilog: str = ""
 ) -> argparse.ArgumentParser:
     """An argparse parser with one titled section per group; a value of None means "not given"."""
-    parser = _Parser(
+    parser = Parser(
         prog=prog, usage=usage, description=description, epilog=epilog, add_help=False, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
@@ -85,21 +87,11 @@ def build(
     return parser
 
 
-def normalize(argv: Sequence[str]) -> list[str]:
-    """Spell flags with lower case and underscores, `--Group-Size=64` as `--group_size=64`; values are unchanged."""
-    parts = [token.partition("=") for token in argv]
-    return [
-        f"--{name[2:].replace('-', '_').lower()}{equals}{value}" if name.startswith("--") else name + equals + value
-        for name, equals, value in parts
-    ]
-
-
 def run_parsed(
     parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequence[str],
     run: Callable[[dict[str, Any]], int],
 ) -> int:  # fmt: skip
-    """Print the help when requested or without arguments, else load the plugins and call `run` with the other values of
-    `parse`. Returns the exit code."""
+    """Print the help, or load the plugins and call `run` with the other values of `parse`. Returns the exit code."""
     if not argv or "-h" in argv or "--help" in argv:
         print(parser.format_help())
         return 0 if argv else ConfigError.exit_code
@@ -114,11 +106,13 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
     Raises UnsupportedError for a flag of a missing feature, ConfigError for an unknown or malformed one, for two
     models, and for contradictions.
     """
-    known = spellings(groups)
-    tokens = check_flags(normalize(argv), known)
-    values = {k: v for k, v in vars(parser.parse_intermixed_args(tokens)).items() if v is not None}
-    models = values.pop("positional", [])
-    values = {k: v for k, v in values.items() if k not in ("help", "version")}
+    tokens = [
+        f"--{name[2:].replace('-', '_').lower()}{equals}{value}" if name.startswith("--") else name + equals + value
+        for name, equals, value in (token.partition("=") for token in argv)
+    ]  # flags in lower case with underscores
+    namespace = vars(parser.parse_intermixed_args(check_flags(tokens, spellings(groups))))
+    models = namespace.pop("positional", [])
+    values = {k: v for k, v in namespace.items() if v is not None and k not in ("help", "version")}
     if len(models) > 1:
         raise ConfigError(
             f"more than one model was given without a flag: {', '.join(map(repr, models))}; "
@@ -132,11 +126,8 @@ def parse(parser: argparse.ArgumentParser, groups: tuple[Group, ...], argv: Sequ
 
 
 def check_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
-    """The tokens without flags that have no effect: those that leave a missing feature off (`--nblocks 1`,
-    `--no_enable_lfq`), and `NO_OP_FLAGS`, for which a warning is logged.
-
-    Raises ConfigError for an unknown flag, with the nearest names, UnsupportedError for one of a missing feature.
-    """
+    """The tokens without flags that have no effect: those that leave a missing feature off (`--nblocks 1`), and
+    `NO_OP_FLAGS`, with a warning. Raises ConfigError for an unknown flag, UnsupportedError for a missing feature's."""
     out: list[str] = []
     rest = list(tokens)
     while rest:

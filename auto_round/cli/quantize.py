@@ -48,10 +48,7 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
 
         # The shared spellings --bs and --seqlen mean the evaluation's.
         renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
-        return evaluate_from_flags(
-            {renamed[k]: v for k, v in given.items() if k in renamed}
-            | {k: v for k, v in given.items() if k not in renamed}
-        )
+        return evaluate_from_flags({new: given[old] for old, new in renamed.items() if old in given} | given)
     extra = [name for name in _EVAL_NAMES if name in given and name not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")
@@ -99,10 +96,7 @@ def check_output_path(path: str) -> None:
 
 
 def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Keywords for `AutoRound`: what was given, then the recipe's values.
-
-    Raises ConfigError for contradictions and UnsupportedError for an algorithm that is not here.
-    """
+    """Keywords for `AutoRound`: what was given, then the recipe's values. Raises ConfigError for contradictions."""
     chosen = {k: v for k, v in given.items() if k not in _VERB_FLAGS}
     if "algorithm" in given:
         chosen |= _algorithm_kwargs(given["algorithm"], chosen.get("iters"), recipe)
@@ -121,11 +115,8 @@ def autoround_kwargs(given: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]
 
 
 def _algorithm_kwargs(value: str, iters: Any, recipe: Recipe) -> dict[str, Any]:
-    """What `--algorithm` means for `AutoRound`: transforms first, then one algorithm.
-
-    Raises UnsupportedError for an algorithm of a later version, and ConfigError for an unknown one or one that
-    contradicts `iters` or the recipe.
-    """
+    """What `--algorithm` means for `AutoRound`: transforms first, then one algorithm. Raises UnsupportedError for one
+    that this version lacks, and ConfigError for an unknown one or one that contradicts `iters` or the recipe."""
     from auto_round.algorithms.base import ALGORITHMS
     from auto_round.algorithms.transforms.base import split_transforms
 
@@ -158,12 +149,12 @@ def _with_recipe_file(path: str, chosen: Mapping[str, Any], named: bool) -> dict
     """The settings of a recipe file, overridden by what was chosen beside it. `named`: an algorithm was, too."""
     settings = read_recipe(path).keywords_with(chosen, f"recipe {path}")
     if settings["model_free"] == "auto":
-        settings.pop("model_free")  # which is said again, if rounding is still all there is to do
+        del settings["model_free"]  # which is said again, if rounding is still all there is to do
     if named and "algorithm" not in chosen:
-        for name in ("algorithm", "damping"):
-            settings.pop(name, None)
+        dropped = {"algorithm", "damping"}
         if "iters" not in chosen and settings.get("iters") == 0:
-            del settings["iters"]  # a recipe without tuning, and tuning was asked for
+            dropped.add("iters")  # a recipe without tuning, and tuning was asked for
+        settings = {name: value for name, value in settings.items() if name not in dropped}
     return settings
 
 

@@ -16,11 +16,7 @@ Exit code 0: all are equal; 9: some differ or are missing, and each is named."""
 
 
 def run_verb(argv: Sequence[str]) -> int:
-    """Check folders. Returns the exit code.
-
-    Raises ConfigError without a folder or for a flag, OutputError for a folder without a readable report, and
-    VerifyError for files that differ or are missing.
-    """
+    """Check folders. Returns the exit code. Raises VerifyError for files that differ or are missing."""
     if "-h" in argv or "--help" in argv:
         print(_USAGE)
         return 0
@@ -35,23 +31,10 @@ def run_verb(argv: Sequence[str]) -> int:
 
 
 def check(folder: Path) -> list[str]:
-    """The files of a folder that differ or are missing, with the reason; prints how many are unchanged."""
+    """The files of a folder that differ or are missing, with the reason; prints how many are unchanged. Raises
+    OutputError for a folder without a readable report."""
     from auto_round.files import file_sha256
 
-    recorded = _recorded_digests(folder)
-    mismatches = []
-    for name, digest in recorded.items():
-        path = folder / name
-        if not path.is_file():
-            mismatches.append(f"{path} is missing")
-        elif file_sha256(path) != digest:
-            mismatches.append(f"{path} differs")
-    print(f"{folder}: {len(recorded) - len(mismatches)} of {len(recorded)} files are unchanged")
-    return mismatches
-
-
-def _recorded_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, from the report."""
     file = folder / "report.json"
     try:
         report: Any = json.loads(file.read_text(encoding="utf-8"))
@@ -64,4 +47,12 @@ def _recorded_digests(folder: Path) -> dict[str, str]:
     outside = next((name for name in found if Path(name).is_absolute() or ".." in Path(name).parts), None)
     if outside is not None:
         raise OutputError(f"{file} names {outside!r}, which is not in its folder")
-    return found
+    mismatches = []
+    for name, digest in found.items():
+        path = folder / name
+        if not path.is_file():
+            mismatches.append(f"{path} is missing")
+        elif file_sha256(path) != digest:
+            mismatches.append(f"{path} differs")
+    print(f"{folder}: {len(found) - len(mismatches)} of {len(found)} files are unchanged")
+    return mismatches

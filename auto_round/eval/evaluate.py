@@ -13,10 +13,18 @@ from typing import Any
 
 import torch
 
-import auto_round.eval.measures as measures
 from auto_round.calibration.data.sources import held_out_documents
 from auto_round.errors import AutoRoundError, ConfigError, ModelError, NumericsError, first_line
-from auto_round.eval.measures import EvalResult
+from auto_round.eval.measures import (
+    EvalResult,
+    make_windows,
+    perplexity,
+    read_text,
+    token_kl,
+    token_nll,
+    top1_agreement,
+    weighted_mean,
+)
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.logger import logger
 from auto_round.modeling.build import load_config
@@ -27,6 +35,7 @@ from auto_round.modeling.files.folder import model_folder
 
 ModelLike = str | PathLike[str] | torch.nn.Module
 
+HELD_OUT = "bundled text that calibration leaves out"
 DEFAULT_SEQLEN = 512
 DEFAULT_WINDOWS = 64
 # Errors of Transformers for damaged files, unknown settings, missing packages, unsupported models and quantizations.
@@ -42,7 +51,7 @@ def evaluate(
 ) -> EvalResult:  # fmt: skip
     """Perplexity of a model on text and, with a reference, mean KL(reference || model) and top-1 agreement.
 
-    docs/evaluation.md has the method. `device`, `dtype` and `backend` are for models given by path.
+    `device`, `dtype` and `backend` are for models given by path.
 
     Args:
         model_or_path: folder or hub id of a checkpoint, quantized or not, or a model, which is not moved.
@@ -51,11 +60,8 @@ def evaluate(
         reference: full-precision model to compare with.
         reference_logits: instead of `reference`: its logits [T, V] per window, as `window_logits` returns them.
         seqlen, max_windows: tokens per window, and how many windows at most (None: all).
-        batch_size: windows per forward pass.
         dtype: None keeps the checkpoint's, except that a CPU without matrix instructions for it computes in float32.
         add_bos: start each window with BOS; None: if the tokenizer does.
-        trust_remote_code: allow a checkpoint's own Python files to run.
-        backend: for quantized layers; None: the fastest available.
 
     Raises ConfigError for invalid settings, DataError for unusable text, ModelError for a model that cannot be opened
     or has another vocabulary than the reference, NumericsError for NaN in the logits.
@@ -67,14 +73,14 @@ def evaluate(
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} is not allowed; use 1 or more")
     if path is not None:
-        documents, text_name = [measures.read_text(path)], str(path)
+        documents, text_name = [read_text(path)], str(path)
     elif texts is not None:
         documents, text_name = list(texts), f"{len(texts)} given texts"
     else:
-        documents, text_name = held_out_text()
+        documents, text_name = held_out_documents(), HELD_OUT
         logger.info("no evaluation text was given: using %s; give one with --eval_text or path=", text_name)
     tokenizer = load_tokenizer(model_or_path, trust_remote_code) if tokenizer is None else tokenizer
-    windows, bos = measures.make_windows(documents, tokenizer, seqlen=seqlen, max_windows=max_windows, add_bos=add_bos)
+    windows, bos = make_windows(documents, tokenizer, seqlen=seqlen, max_windows=max_windows, add_bos=add_bos)
     if reference_logits is not None and len(reference_logits) != len(windows):
         raise ConfigError(f"reference_logits has {len(reference_logits)} windows, the text gives {len(windows)}")
 
@@ -92,7 +98,7 @@ def evaluate(
                 against = _logits(other, ids, "reference", first)
             elif reference_logits is not None:
                 against = torch.stack(list(reference_logits[first : first + batch_size]))
-            found = {"nll": measures.token_nll(logits, ids)}
+            found = {"nll": token_nll(logits, ids)}
             if against is not None:
                 if against.shape != logits.shape:
                     raise ModelError(
@@ -101,24 +107,24 @@ def evaluate(
                         "tokenizer"
                     )
                 against = against.to(logits.device)
-                found["reference_nll"] = measures.token_nll(against, ids)
-                found["kl"] = measures.token_kl(against[:, :-1], logits[:, :-1])
-                found["agreement"] = measures.top1_agreement(against[:, :-1], logits[:, :-1])
+                found["reference_nll"] = token_nll(against, ids)
+                found["kl"] = token_kl(against[:, :-1], logits[:, :-1])
+                found["agreement"] = top1_agreement(against[:, :-1], logits[:, :-1])
             for measure, per_token in found.items():
                 means[measure] += per_token.double().mean(-1).tolist()
             logger.debug("evaluated %d of %d windows", min(first + batch_size, len(windows)), len(windows))
     tokens = [float(window.numel() - 1) for window in windows]
-    estimates = {measure: measures.weighted_mean(values, tokens) for measure, values in means.items()}
+    estimates = {measure: weighted_mean(values, tokens) for measure, values in means.items()}
     compared = "kl" in estimates
     name, reference_name = (_origin(m) or type(m).__name__ for m in (model_or_path, reference))
     if reference is None:
         reference_name = "cached logits"
     return EvalResult(
-        model=name, text=text_name, perplexity=measures.perplexity(estimates["nll"]), nll=estimates["nll"],
+        model=name, text=text_name, perplexity=perplexity(estimates["nll"]), nll=estimates["nll"],
         windows=len(windows), tokens=int(sum(tokens)), seqlen=windows[0].numel(), bos=bos,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."), device=str(_device_of(model)),
         seconds=time.perf_counter() - start, reference=reference_name if compared else None,
-        reference_perplexity=measures.perplexity(estimates["reference_nll"]) if compared else None,
+        reference_perplexity=perplexity(estimates["reference_nll"]) if compared else None,
         kl=estimates.get("kl"), agreement=estimates.get("agreement"),
     )  # fmt: skip
 
@@ -138,18 +144,18 @@ def _logits(model: torch.nn.Module, ids: torch.Tensor, what: str, first: int) ->
         )
     logits = model(input_ids=ids.to(_device_of(model)), use_cache=False).logits
     if bool(torch.isnan(logits).any()):
-        where = f"window {first} or its batch"
-        raise NumericsError(f"the logits of the {what} contain NaN in {where}; its weights are damaged")
+        raise NumericsError(
+            f"the logits of the {what} contain NaN in window {first} or its batch; its weights are damaged"
+        )
     return logits
 
 
 @contextlib.contextmanager
 def _eval_mode(*models: torch.nn.Module | None) -> Iterator[None]:
     """Put models into evaluation mode, then restore the mode of each module."""
-    opened = [model for model in models if model is not None]
-    training = [module for model in opened for module in model.modules() if module.training]
-    for model in opened:
-        model.eval()
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
@@ -190,13 +196,9 @@ def load_model(
 ) -> torch.nn.Module:  # fmt: skip
     """A causal language model in evaluation mode; a model object is returned unchanged.
 
-    Args:
-        device: one device, or "auto": spread over all available devices.
-        dequantized: dequantize an FP8 or MXFP4 checkpoint to the full-precision model that quantization starts from.
-        backend: for layers in formats of AutoRound, GPTQ and AWQ; None: the fastest available.
-
-    Raises ConfigError for a backend that is unknown or has no layers to run, ModelError when the checkpoint cannot be
-    opened.
+    `device` "auto" is all of them. `dequantized`: dequantize an FP8 or MXFP4 checkpoint to the full-precision model
+    that quantization starts from. Raises ConfigError for a backend that is unknown or has no layers to run, ModelError
+    when the checkpoint cannot be opened.
     """
     if isinstance(source, torch.nn.Module):
         return source
@@ -240,8 +242,3 @@ def _loader_kwargs(config: Any, name: str, backend: str | None) -> dict[str, Any
     from transformers import AutoRoundConfig
 
     return {"quantization_config": AutoRoundConfig(**({} if backend is None else {"backend": backend}))}
-
-
-def held_out_text() -> tuple[list[str], str]:
-    """The default evaluation text and its name. Raises DataError when the package's file is missing."""
-    return held_out_documents(), "bundled text that calibration leaves out"

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.errors import ConfigError
 from auto_round.eval.evaluate import load_tokenizer
-from auto_round.later import MULTIMODAL
+from auto_round.later import MULTIMODAL, refuse
 
 
 def simple_evaluate(
@@ -27,12 +27,10 @@ def simple_evaluate_user_model(
     limit: int | float | None = None, max_batch_size: int | None = 64, eval_model_dtype: str = "auto",
     add_bos_token: bool = False, mllm: bool = False, **kwargs: Any,
 ) -> Any:  # fmt: skip
-    """The same for a model object, which keeps its dtype; `tokenizer` None takes the one in the model's folder.
-
-    Raises ConfigError when lm-eval is not installed or no tokenizer is known, UnsupportedError for `mllm`.
-    """
+    """The same for a model object, which keeps its dtype; `tokenizer` None takes the one in the model's folder. Raises
+    ConfigError when lm-eval is not installed or no tokenizer is known, UnsupportedError for `mllm`."""
     if mllm:
-        raise UnsupportedError(MULTIMODAL.sentence("mllm=True"))
+        refuse(MULTIMODAL, "mllm=True")
     lm_eval = _lm_eval()
     from lm_eval.models.huggingface import HFLM
 

@@ -44,13 +44,9 @@ def generate(
     temperature: float | None = None, chat: bool | None = None, seed: int = 42,
     on_text: Callable[[str], None] | None = None,
 ) -> Generation:  # fmt: skip
-    """Continue `prompt`.
+    """Continue `prompt`: greedily, or by tokens drawn with `seed` (`do_sample`; `temperature` None takes the model's).
 
-    Args:
-        do_sample: sample tokens, seeded with `seed`; else greedy decoding.
-        temperature: of sampling; None takes the model's.
-        chat: apply the chat template; None: if there is one.
-        on_text: called with each piece of new text.
+    `chat`: apply the chat template; None: if there is one. `on_text` is called with each piece of new text.
 
     Raises ConfigError for an invalid setting or `chat` without a template, ModelError for another model's tokenizer.
     """
@@ -75,9 +71,7 @@ def generate(
             f"the tokenizer produced token {int(ids.max())}, but the model has a vocabulary of {len(embedding)}; "
             "use the model's own tokenizer"
         )
-    inputs = {
-        key: encoded[key].long().to(embedding.device) for key in ("input_ids", "attention_mask") if key in encoded
-    }
+    inputs = {k: encoded[k].long().to(embedding.device) for k in ("input_ids", "attention_mask") if k in encoded}
     sampling: dict[str, Any] = {"do_sample": do_sample}
     if not do_sample:
         sampling |= dict.fromkeys(("temperature", "top_p", "top_k"))

@@ -1,8 +1,4 @@
-"""Token windows of a text, per-token measures on logits, and means with standard errors.
-
-The measures are negative log-likelihood, KL divergence and top-1 agreement, computed in float32 and summed in float64.
-Logits are processed in slices of positions, which bounds the float32 copies of a large vocabulary.
-"""
+"""Token windows of a text, per-token measures on logits (in slices of positions), and means with standard errors."""
 
 from __future__ import annotations
 
@@ -43,10 +39,10 @@ def make_windows(
     """Cut texts, joined by a blank line, into consecutive windows that do not overlap.
 
     A remainder shorter than a window is dropped unless it is the only window. With `add_bos` (None: if the tokenizer
-    prepends BOS, as Gemma's and Llama's do) each window has BOS and `seqlen` - 1 tokens of text.
+    prepends BOS) each window has BOS and `seqlen` - 1 tokens of text.
 
-    Returns int64 [T] windows on the CPU, and whether they begin with BOS. Raises ConfigError for an invalid length or
-    count, or BOS requested from a tokenizer without one, DataError for fewer than two tokens of text.
+    Returns int64 [T] windows on the CPU, and whether they begin with BOS. Raises ConfigError for an invalid setting,
+    DataError for fewer than two tokens of text.
     """
     if seqlen < 2:
         raise ConfigError(f"seqlen={seqlen} is too short to predict anything; use 2 or more")
@@ -64,11 +60,9 @@ def make_windows(
         stream.extend(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if max_windows is not None and len(stream) >= body * max_windows:
             break
-    parts = [stream[i * body : (i + 1) * body] for i in range(len(stream) // body)][:max_windows]
-    if not parts and len(stream) + len(front) >= 2:
-        parts = [stream]
-    if not parts:
+    if len(stream) + len(front) < 2:
         raise DataError(f"the evaluation text has {len(stream)} tokens; at least 2 are needed, better {seqlen} or more")
+    parts = [stream[i * body : (i + 1) * body] for i in range(len(stream) // body)][:max_windows] or [stream]
     return [torch.tensor([*front, *part], dtype=torch.long) for part in parts], add_bos
 
 
@@ -134,11 +128,7 @@ class Estimate:
 
 
 def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate:
-    """Mean of per-window means, weighted by their token counts, and its standard error.
-
-    The error is that of a ratio estimator: sqrt(n / (n - 1) * sum w^2 (x - mean)^2) / sum w, for equal weights
-    s / sqrt(n). Windows are the independent units, since the tokens of one window depend on each other.
-    """
+    """Mean of per-window means, weighted by their token counts, and the standard error of this ratio estimator."""
     total, n = math.fsum(weights), len(values)
     mean = math.fsum(v * w for v, w in zip(values, weights, strict=True)) / total
     if n < 2:
@@ -149,10 +139,9 @@ def weighted_mean(values: Sequence[float], weights: Sequence[float]) -> Estimate
 
 def perplexity(nll: Estimate) -> Estimate:
     """exp of a mean negative log-likelihood, with its error by the delta method."""
-    try:
-        value = math.exp(nll.value)
-    except OverflowError:
+    if nll.value > 709.78:  # more than a double holds
         return Estimate(math.inf)
+    value = math.exp(nll.value)
     return Estimate(value, None if nll.stderr is None else value * nll.stderr)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from functools import lru_cache
-from typing import Any
+from contextlib import suppress
 
 
 def peak_rss_bytes() -> int:
@@ -16,13 +15,10 @@ def peak_rss_bytes() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     if sys.platform.startswith("linux"):
         # ru_maxrss survives exec: a small program started by a large one would report its parent's peak.
-        try:
-            with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-                for line in file:
-                    if line.startswith("VmHWM:"):
-                        return int(line.split()[1]) * 1024
-        except OSError:
-            pass
+        with suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as file:
+            for line in file:
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
     import resource
 
     # Kilobytes on Linux, bytes on macOS.
@@ -38,40 +34,22 @@ def rss_bytes() -> int:
 
 
 def trim_heap() -> None:
-    """Return the memory of freed tensors to the operating system, if the C library supports it (glibc).
-
-    glibc keeps the memory of freed tensors below 32 MB; the gaps between live tensors add up over many blocks.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    """Return the memory of freed tensors to the operating system, if the C library supports it (glibc)."""
+    if sys.platform.startswith("linux"):
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 class HeapTrimmer:
-    """Calls `trim_heap` when the process has grown by more than `threshold` bytes since the last call.
-
-    Trimming more often would cost time: memory that is used again soon is cheaper kept, since the system clears every
-    page that it allocates.
-    """
+    """Calls `trim_heap` when the process has grown by more than `threshold` bytes since the last call."""
 
     def __init__(self, threshold: int = 128 << 20) -> None:
         self._threshold, self._rss_at_trim = threshold, rss_bytes()
 
     def trim_if_grown(self) -> None:
-        """Trim if the process has grown by more than the threshold."""
         if rss_bytes() - self._rss_at_trim > self._threshold:
             trim_heap()
             self._rss_at_trim = rss_bytes()
-
-
-@lru_cache(maxsize=1)
-def _malloc_trim() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        return getattr(ctypes.CDLL(None), "malloc_trim", None)
-    except OSError:
-        return None
 
 
 def peak_vram_bytes() -> int | None:

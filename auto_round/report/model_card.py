@@ -1,7 +1,4 @@
-"""Write the model card, `README.md` of a saved model, with front matter for the Hugging Face hub.
-
-`add_quality` adds a later evaluation to the card and to report.json of a saved model.
-"""
+"""Write the model card, `README.md` of a saved model, with front matter for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from auto_round.config import plain
 from auto_round.errors import OutputError
 from auto_round.files import write_text
-from auto_round.report import run_report
 from auto_round.report.memory import format_bytes
+from auto_round.report.run_report import FILE_NAME as REPORT_NAME
 from auto_round.report.run_report import redact_paths, versions
 
 FILE_NAME = "README.md"
@@ -26,29 +24,17 @@ _HEADING, _NEXT_HEADING = "## Quality\n", "## How to run\n"
 
 @dataclass(frozen=True)
 class ModelCard:
-    """Contents of a model card.
+    """Contents of a model card."""
 
-    Attributes:
-        base_model: name or path of the source model; only the last part of a local path is shown.
-        scheme: name or description of the default scheme, such as "W4A16" or "int4 g128 sym".
-        format: name of the output format; "fake" gets no section about runtimes.
-        bits_per_weight: average over the quantized layers, scales included.
-        size_bytes: bytes of all weight files.
-        settings: of the run, such as {"algorithm": "SignRound", "iters": 200}.
-        data: description of the calibration data; None when none was used.
-        exceptions: layers with other settings, name to description.
-        files: sha256 by file name.
-    """
-
-    base_model: str
-    scheme: str
+    base_model: str  # name or path of the source model; only the last part of a local path is shown
+    scheme: str  # name or description of the default scheme, such as "W4A16" or "int4 g128 sym"
     format: str = "auto_round"
-    bits_per_weight: float | None = None
-    size_bytes: int | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    data: str | None = None
-    exceptions: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
+    bits_per_weight: float | None = None  # average over the quantized layers, scales included
+    size_bytes: int | None = None  # of all weight files
+    settings: Mapping[str, Any] = field(default_factory=dict)  # such as {"algorithm": "SignRound", "iters": 200}
+    data: str | None = None  # description of the calibration data; None: none was used
+    exceptions: Mapping[str, str] = field(default_factory=dict)  # layers with other settings, and which
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by file name
 
 
 def is_hub_id(name: str) -> bool:
@@ -61,23 +47,24 @@ def display_name(base_model: str) -> str:
     return base_model if is_hub_id(base_model) else os.path.basename(os.path.abspath(os.path.expanduser(base_model)))
 
 
-def _front_matter(card: ModelCard) -> str:
-    """The YAML block between `---` lines. Texts are JSON strings, which are valid YAML."""
+def render_model_card(card: ModelCard) -> str:
+    """The text of README.md."""
     base = display_name(card.base_model)
     lines = ["---"]
-    if is_hub_id(card.base_model):
+    if is_hub_id(card.base_model):  # a JSON string is valid YAML
         lines += [f"base_model: {json.dumps(base, ensure_ascii=False)}", "base_model_relation: quantized"]
     library = "mlx" if card.format == "mlx" else "transformers"
     lines += [f"library_name: {library}", "pipeline_tag: text-generation", "quantized_by: auto-round", "tags:"]
     tags = ["auto-round", "quantized", card.scheme.split(" ")[0].lower()]
     lines += [f"- {json.dumps(tag, ensure_ascii=False)}" for tag in tags]
-    return "\n".join([*lines, "---"])
-
-
-def render_model_card(card: ModelCard) -> str:
-    """The text of README.md."""
-    base = display_name(card.base_model)
-    parts = [_front_matter(card), f"# {base}, {card.scheme}", _summary(card, base)]
+    name = f"[{base}](https://huggingface.co/{base})" if is_hub_id(card.base_model) and "/" in base else f"`{base}`"
+    facts = [f"scheme {card.scheme}", f"format `{card.format}`"]
+    if card.bits_per_weight is not None:
+        facts.append(f"{card.bits_per_weight:.2f} bits per quantized weight, scales included")
+    if card.size_bytes is not None:
+        facts.append(f"{format_bytes(card.size_bytes)} of weights")
+    parts = ["\n".join([*lines, "---"]), f"# {base}, {card.scheme}"]
+    parts.append(f"{name}, quantized with AutoRound: {', '.join(facts)}. The base model's licence and terms apply.")
     parts.append(_NEXT_HEADING + "\n" + _usage(card.format))
     words = {True: "yes", False: "no", None: "automatic"}
     made = [(k, words[v] if v is None or isinstance(v, bool) else str(v)) for k, v in card.settings.items()]
@@ -96,16 +83,6 @@ def render_model_card(card: ModelCard) -> str:
 def write_model_card(folder: str | os.PathLike[str], card: ModelCard) -> Path:
     """Write README.md into `folder`; returns its path. Raises OutputError when it cannot be written."""
     return write_text(Path(folder) / FILE_NAME, render_model_card(card))
-
-
-def _summary(card: ModelCard, base: str) -> str:
-    name = f"[{base}](https://huggingface.co/{base})" if is_hub_id(card.base_model) and "/" in base else f"`{base}`"
-    facts = [f"scheme {card.scheme}", f"format `{card.format}`"]
-    if card.bits_per_weight is not None:
-        facts.append(f"{card.bits_per_weight:.2f} bits per quantized weight, scales included")
-    if card.size_bytes is not None:
-        facts.append(f"{format_bytes(card.size_bytes)} of weights")
-    return f"{name}, quantized with AutoRound: {', '.join(facts)}. The base model's licence and terms apply."
 
 
 def _usage(format_name: str) -> str:
@@ -143,25 +120,20 @@ def _table(head: Sequence[str], rows: Sequence[tuple[str, str]]) -> str:
 def add_quality(
     folder: str | os.PathLike[str], values: Mapping[str, Any], rows: Sequence[tuple[str, str]], note: str
 ) -> None:
-    """Write a measurement to README.md and report.json of `folder`, replacing an earlier one.
+    """Write a measurement to README.md and report.json of `folder`, those that exist, replacing an earlier one.
 
-    Args:
-        folder: a model written by this package; missing files are skipped.
-        values: the measurement as plain values, for report.json. Paths of models are cut to their last part.
-        rows: (measure, value) for the card's table.
-        note: what it was measured on.
-
-    Raises OutputError when a file cannot be written or report.json is not JSON.
+    `values` is for report.json, `rows` of (measure, value) and a `note` what it was measured on for the card. Raises
+    OutputError when a file cannot be written or report.json is not JSON.
     """
     root = Path(folder)
-    report = root / run_report.FILE_NAME
+    report = root / REPORT_NAME
     if report.is_file():
         try:
             record = json.loads(report.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OutputError(f"{report} is not JSON ({error}); the measurement is not recorded") from error
         quality = {k: display_name(v) if k in ("model", "reference") and v else v for k, v in values.items()}
-        record["quality"] = redact_paths(run_report.plain(quality), (str(root),))
+        record["quality"] = redact_paths(plain(quality), (str(root),))
         write_text(report, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     card = root / FILE_NAME
     if card.is_file():
@@ -170,7 +142,7 @@ def add_quality(
 
 def with_quality(card: str, rows: Sequence[tuple[str, str]], note: str) -> str:
     """The text of a model card with this table in its section "Quality"."""
-    section = "\n".join([_HEADING, _table(("measure", "value"), rows), *(("", note) if note else ())])
+    section = f"{_HEADING}\n{_table(('measure', 'value'), rows)}" + (f"\n\n{note}" if note else "")
     start, end = card.find(_HEADING), card.find(_NEXT_HEADING)
     if end < 0:
         return card.rstrip("\n") + "\n\n" + section + "\n"

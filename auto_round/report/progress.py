@@ -1,8 +1,4 @@
-"""Show the progress of a run: a bar on a terminal, plain log lines elsewhere.
-
-A driver calls `start`, then `block` after each block, `message` for other information, and `finish`; or it uses
-the object in a `with` statement, which also finishes after an error.
-"""
+"""Show the progress of a run: a bar on a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -43,12 +39,11 @@ class Progress:
 
     def facts(self) -> list[str]:
         """Loss of the last block, time left by the mean of the blocks so far, and peak memory, as texts."""
-        measured = self.done - self._done_before
-        left: list[str] = []
-        if measured:
+        facts = list(self._loss)
+        if measured := self.done - self._done_before:
             seconds = (time.monotonic() - self._start) / measured * max(0, self.total - self.done)
-            left = [f"{format_seconds(seconds)} left"]
-        return [*self._loss, *left, f"peak {format_peak_memory()}"]
+            facts.append(f"{format_seconds(seconds)} left")
+        return [*facts, f"peak {format_peak_memory()}"]
 
     def __enter__(self) -> Any:
         return self
@@ -115,5 +110,4 @@ def format_loss(before: float | None, after: float) -> str:
 def make_progress(title: str = "quantizing", stream: TextIO | None = None) -> Progress:
     """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise."""
     out = stream if stream is not None else sys.stderr
-    is_terminal = bool(getattr(out, "isatty", lambda: False)())
-    return BarProgress(title, out) if is_terminal else LogProgress(title)
+    return BarProgress(title, out) if getattr(out, "isatty", lambda: False)() else LogProgress(title)

@@ -1,13 +1,8 @@
-"""Write `report.json`, the machine-readable record of one run.
-
-`redact_path` and `redact_paths` cut each path to its last part, so that published files do not show
-folders of this machine.
-"""
+"""Write `report.json`, the machine-readable record of one run, without the paths of this machine."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import re
@@ -19,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from auto_round._version import __version__
+from auto_round.config import plain
 from auto_round.files import write_text
 
 # Incremented when a field changes its meaning or is removed, not for new fields.
@@ -31,22 +27,13 @@ _PATH = re.compile(r"(?<![\w/:.~\\-])(?:~|\.{1,2})?(?:/[^\s/,;:'\"`|()\[\]{}<>*?
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One linear layer.
+    """One linear layer."""
 
-    Attributes:
-        name: full module name.
-        scheme: description such as "int4 g128 sym", or "full precision".
-        bits: per weight as stored, scales and zero points included; None in full precision.
-        reason: why a layer is unquantized or has other settings than requested.
-        weight_error: mean squared error of the dequantized weight, relative to the weight's mean square; None when not
-            measured.
-    """
-
-    name: str
-    scheme: str
-    bits: float | None = None
-    reason: str | None = None
-    weight_error: float | None = None
+    name: str  # of the module, in full
+    scheme: str  # such as "int4 g128 sym", or "full precision"
+    bits: float | None = None  # per weight as stored, scales and zero points included; None in full precision
+    reason: str | None = None  # why it is unquantized or has other settings than requested
+    weight_error: float | None = None  # mean square of the error over that of the weight; None: not measured
 
 
 @dataclass(frozen=True)
@@ -62,40 +49,23 @@ class BlockRecord:
 
 @dataclass(frozen=True)
 class RunReport:
-    """Contents of report.json.
+    """Contents of report.json."""
 
-    Attributes:
-        model: name or path of the source model.
-        format: name of the output format.
-        job: the resolved settings.
-        layers, blocks: in the model's order.
-        seconds: wall seconds per phase, such as {"calibration": 3.1, "quantization": 60.2, "total": 70.0}.
-        peak_rss_bytes, peak_vram_bytes: memory peaks of the process.
-        files: sha256 of the weight files by name.
-        small_files: sha256 of the other files by name.
-        sizes: bytes by file name.
-        verify: result of the check after saving; None when it was disabled.
-        quality: result of an evaluation, if any.
-        made_from: digests of the settings, the weights and the data, by which the same command recognises its result;
-            None when one of them is not known before the run.
-        numerics: how NaN, Inf and overflowing scales were handled; None when they were not checked.
-        versions: of this package, Python and the libraries used.
-    """
-
-    model: str
+    model: str  # name or path of the source model
     format: str
-    job: Mapping[str, Any]
-    layers: tuple[LayerRecord, ...] = ()
+    job: Mapping[str, Any]  # the resolved settings
+    layers: tuple[LayerRecord, ...] = ()  # these and blocks in the model's order
     blocks: tuple[BlockRecord, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)  # of wall time, by phase
     peak_rss_bytes: int | None = None
     peak_vram_bytes: int | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    small_files: Mapping[str, str] = field(default_factory=dict)
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    verify: Mapping[str, Any] | None = None
-    quality: Mapping[str, Any] | None = None
-    numerics: Mapping[str, Any] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of the weight files by name
+    small_files: Mapping[str, str] = field(default_factory=dict)  # the same of the others
+    sizes: Mapping[str, int] = field(default_factory=dict)  # bytes by file name
+    verify: Mapping[str, Any] | None = None  # result of the check after saving; None when it was disabled
+    quality: Mapping[str, Any] | None = None  # result of an evaluation
+    numerics: Mapping[str, Any] | None = None  # how NaN, Inf and overflowing scales were handled; None: not checked
+    # Digests of the settings, weights and data, by which the same command recognises its result; None: not all known.
     made_from: Mapping[str, str] | None = None
     versions: Mapping[str, str] = field(default_factory=lambda: versions())
 
@@ -119,20 +89,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def plain(value: Any) -> Any:
-    """`value` as JSON types; objects of other types become their text."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        items = sorted(value, key=str) if isinstance(value, set | frozenset) else value
-        return [plain(v) for v in items]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return str(value)
-
-
 def write_report(folder: str | os.PathLike[str], report: RunReport) -> Path:
     """Write `report.json` into `folder`; returns its path. Raises OutputError when it cannot be written."""
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -148,12 +104,8 @@ def redact_path(text: str) -> str:
 
 
 def redact_paths(value: Any, known: Iterable[str] = ()) -> Any:
-    """`value` with every path in its texts and keys cut to the last part.
-
-    Args:
-        value: of JSON's types.
-        known: paths to cut even if they contain spaces or are relative.
-    """
+    """`value`, of JSON's types, with every path in its texts and keys cut to the last part; those in `known` even if
+    they contain spaces or are relative."""
     spellings: dict[str, str] = {}
     for path in known:
         full_path = Path(path).expanduser()

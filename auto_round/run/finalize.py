@@ -19,7 +19,7 @@ from typing import Any
 from auto_round import envs
 from auto_round.calib_dataset import DATASETS, parse_dataset_string
 from auto_round.calibration.data.spec import BY_PROGRAM, redact_dataset
-from auto_round.config import RECIPE_FILE, MemoryConfig, OutputConfig, QuantConfig
+from auto_round.config import RECIPE_FILE, MemoryConfig, OutputConfig, QuantConfig, plain
 from auto_round.errors import VerifyError
 from auto_round.files import file_sha256, write_json, write_text
 from auto_round.formats.base import OutputFormat
@@ -36,7 +36,6 @@ from auto_round.report.run_report import (
     BlockRecord,
     LayerRecord,
     RunReport,
-    plain,
     redact_path,
     redact_paths,
     versions,

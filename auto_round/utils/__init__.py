@@ -1,25 +1,21 @@
-"""Helpers for scripts: get and set modules by name, find blocks, load a model.
-
-They keep the names and return values of AutoRound 0.x; nothing in this package uses them.
-"""
+"""Helpers for scripts, under the names of AutoRound 0.x: get and set modules by name, find blocks, load a model."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
-from auto_round.errors import ConfigError, ModelError, UnsupportedError, first_line
-from auto_round.later import DIFFUSION, MULTIMODAL
+from auto_round.errors import ConfigError, ModelError, first_line
+from auto_round.later import DIFFUSION, MULTIMODAL, refuse
 from auto_round.layer_config import parse_layer_config as parse_layer_config_arg
 from auto_round.modeling.blocks import get_lm_head_name
 from auto_round.modeling.files.folder import model_folder
 from auto_round.modeling.source import resolve_dtype
 from auto_round.run.settings import names_tuple, resolve_device
 
-_NOT_TEXT = ("vision", "image", "img")
 _TOWERS = ("vision", "visual", "image", "img", "audio", "speech")
 
 
@@ -54,33 +50,28 @@ def set_attr(model: Any, key: str, new_attr: Any) -> None:
 
 
 def get_block_names(model: torch.nn.Module, quant_vision: bool = False) -> list[list[str]]:
-    """Names of the members of every outermost ModuleList, one list for each.
-
-    Lists of vision and audio towers are left out unless `quant_vision`.
-    """
-    found: list[list[str]] = []
-    _outermost_lists(model, "", found)
+    """Names of the members of every outermost ModuleList, one list for each; without vision and audio towers, unless
+    `quant_vision`."""
+    found = list(_outermost_lists(model, ""))
     if quant_vision or is_pure_text_model(model):
         return found
     return [names for names in found if not any(word in names[0].lower() for word in _TOWERS)]
 
 
-def _outermost_lists(module: torch.nn.Module, name: str, found: list[list[str]]) -> None:
-    if isinstance(module, torch.nn.ModuleList):
-        members = [f"{name}.{child}" if name else child for child, _ in module.named_children()]
-        found += [members] if members else []
-        return
-    for child, inner in module.named_children():
-        _outermost_lists(inner, f"{name}.{child}" if name else child, found)
+def _outermost_lists(module: torch.nn.Module, prefix: str) -> Iterator[list[str]]:
+    children = {prefix + name: child for name, child in module.named_children()}
+    if not isinstance(module, torch.nn.ModuleList):
+        for name, child in children.items():
+            yield from _outermost_lists(child, f"{name}.")
+    elif children:
+        yield list(children)
 
 
 def find_matching_blocks(
     model: torch.nn.Module, all_blocks: Sequence[Sequence[str]], to_quant_block_names: str | Sequence[Any] | None
 ) -> Sequence[Sequence[str]]:
-    """The blocks of `all_blocks` that match a comma-separated string of names or regular expressions.
-
-    A list of names is returned unchanged; None selects all blocks. Raises ConfigError when nothing matches.
-    """
+    """The blocks of `all_blocks` that match a comma-separated string of names or regular expressions, all for None; a
+    list of names is returned unchanged. Raises ConfigError when nothing matches."""
     if not to_quant_block_names:
         return all_blocks
     if not isinstance(to_quant_block_names, str):
@@ -96,14 +87,11 @@ def find_matching_blocks(
 
 def is_pure_text_model(model: torch.nn.Module) -> bool:
     """Whether the model's only inputs are token ids."""
-    if hasattr(getattr(model, "config", None), "vision_config"):
-        return False
-    for module in model.modules():
-        if getattr(type(module), "main_input_name", "input_ids") != "input_ids":
-            return False
-        if any(word in str(type(module)).lower() for word in _NOT_TEXT):
-            return False
-    return True
+    return not hasattr(getattr(model, "config", None), "vision_config") and all(
+        getattr(kind, "main_input_name", "input_ids") == "input_ids"
+        and not any(word in str(kind).lower() for word in ("vision", "image", "img"))
+        for kind in map(type, model.modules())
+    )
 
 
 def get_major_device(device_map: Any = None) -> str:
@@ -123,19 +111,8 @@ def llm_load_model(
 ) -> tuple[torch.nn.Module, Any]:  # fmt: skip
     """Load a causal language model completely, in evaluation mode. Returns (model, tokenizer).
 
-    Only needed to inspect or change a model: `AutoRound` takes the name itself and reads one block at a time.
-
-    Args:
-        pretrained_model_name_or_path: a folder or hub id.
-        platform: "hf" or "model_scope".
-        trust_remote_code: run the model's own code; in AutoRound 0.x the default is True.
-        model_dtype: such as "bf16"; None: the checkpoint's.
-        device: where to put it.
-        **kwargs: for `from_pretrained`.
-
-    Raises:
-        ModelError: there is no such model, or it cannot be opened.
-        DeviceError: there is no such device.
+    `model_dtype` None is the checkpoint's. `trust_remote_code` runs the model's own code, in AutoRound 0.x by default.
+    `kwargs` are for `from_pretrained`. Raises ModelError for a model and DeviceError for a device that cannot be used.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -150,14 +127,14 @@ def llm_load_model(
     return model.to(target).eval(), tokenizer
 
 
-def mllm_load_model(*args: Any, **kwargs: Any) -> NoReturn:
+def mllm_load_model(*args: Any, **kwargs: Any) -> None:
     """Raises UnsupportedError: this version does not support multimodal models."""
-    raise UnsupportedError(MULTIMODAL.sentence("mllm_load_model"))
+    refuse(MULTIMODAL, "mllm_load_model")
 
 
-def diffusion_load_model(*args: Any, **kwargs: Any) -> NoReturn:
+def diffusion_load_model(*args: Any, **kwargs: Any) -> None:
     """Raises UnsupportedError: this version does not support diffusion models."""
-    raise UnsupportedError(DIFFUSION.sentence("diffusion_load_model"))
+    refuse(DIFFUSION, "diffusion_load_model")
 
 
 __all__ = [

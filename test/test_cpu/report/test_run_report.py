@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from auto_round.config import plain
 from auto_round.errors import OutputError
-from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, plain, versions, write_report
+from auto_round.report.run_report import BlockRecord, LayerRecord, RunReport, versions, write_report
 
 
 def make_report() -> RunReport:
