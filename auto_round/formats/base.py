@@ -192,6 +192,7 @@ class OutputFormat:
     """One way to write a quantized model, without state of a run. Layers that `check_layer` refuses are not packed."""
 
     name: str = ""  # set by `register_format`
+    preset: str = ""  # the scheme that a format with types of its own brings
     # Whether the loader of `auto_round.inference` opens the files; others are verified by `unpack_layer` after saving.
     loadable_here: ClassVar[bool] = True
     # Whether Transformers opens the files, and whether PyTorch has layers that run the packed weights.

@@ -29,13 +29,13 @@ class GgufFormat(OutputFormat):
 
     def __init__(self, file_type: str) -> None:
         """`file_type`: a key of `FILE_TYPES`, such as `q4_k_m`."""
-        self.file_type, self.preset = file_type, file_type.upper()
-        self.scheme = PRESET_SCHEMES[f"GGUF:{self.preset}"]  # of most layers
+        self.file_type, self.preset = file_type, f"GGUF:{file_type.upper()}"
+        self.scheme = PRESET_SCHEMES[self.preset]  # of most layers
 
     def _type_of(self, scheme: QuantizationScheme) -> GgmlType:
         if (kind := codec_of(scheme).ggml_type) is None:
             names = ", ".join(GGML_TYPES)
-            raise UnsupportedError(f"no GGUF type stores it; the types are {names}, such as scheme GGUF:{self.preset}")
+            raise UnsupportedError(f"no GGUF type stores it; the types are {names}, such as scheme {self.preset}")
         return kind
 
     def scheme_problem(self, scheme: QuantizationScheme) -> str | None:
@@ -58,7 +58,7 @@ class GgufFormat(OutputFormat):
 
     @property
     def support_schemes(self) -> tuple[str, ...]:
-        return (f"GGUF:{self.preset}",)
+        return (self.preset,)
 
 
 for _file_type in FILE_TYPES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -19,6 +19,7 @@ from auto_round.modeling.config import QUANTIZATION_KEYS, text_config
 from auto_round.modeling.experts import unfuse_experts
 from auto_round.modeling.files.dequantized import check_readable, dense_view, quantization_of
 from auto_round.modeling.files.safetensors import PickleFiles, TensorFiles, only_pickles
+from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import Device, Meta, ModelSource, check_finite, resolve_dtype, state_names
 from auto_round.modeling.tensor_map import Origin, plan_tensors, read_origin
 
@@ -56,7 +57,7 @@ class CheckpointSource(ModelSource):
 
     def __init__(
         self, folder: str | os.PathLike[str], *, dtype: torch.dtype | str | None = None,
-        trust_remote_code: bool = False, prepare: Callable[[nn.Module], None] | None = None,
+        trust_remote_code: bool = False, prepare: Callable[[nn.Module], object] | None = None,
         name_or_path: str | None = None, allow_pickle: bool = False, files: TensorFiles | None = None,
         kind: type[Any] | None = None,
     ) -> None:  # fmt: skip
@@ -119,6 +120,9 @@ class CheckpointSource(ModelSource):
         if self.kind is None and not remote_class:
             build.check_towers(self.config, self.files.tensors, self.name_or_path)
         return build.build_on_meta(self.config, self.dtype, self._trusted, self.kind)
+
+    def streams_experts_of(self, layers: Iterable[str]) -> bool:
+        return any(map(expert_of, layers))
 
     def reopen(self) -> CheckpointSource:
         source = CheckpointSource(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,10 @@ class ModelSource(ABC):
 
         Then `install(model, name)` is called for each block and each module outside the blocks once it is loaded.
         """
+
+    def streams_experts_of(self, layers: Iterable[str]) -> bool:
+        """Whether some of these layers belong to experts that can be loaded one at a time."""
+        return False
 
     def copy(self) -> ModelSource:
         """A source that a run may change without changing this one."""

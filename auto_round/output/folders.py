@@ -54,10 +54,8 @@ def read_report(folder: Path) -> dict[str, Any] | None:
 
 
 def inspect_folder(folder: Path, leftovers: Iterable[str] = (PARTIAL,)) -> FolderContents:
-    """Sort the files in `folder`, and in its subfolders of single formats, into ours and foreign. Reads no large file.
-
-    `leftovers`: names that an unfinished run uses; they are ignored.
-    """
+    """Sort the files in `folder`, and in its subfolders of single formats, into ours and foreign, without `leftovers`.
+    Reads no large file."""
     if not folder.is_dir():
         return FolderContents()
     report = read_report(folder)
@@ -111,12 +109,8 @@ def complete_report(folder: Path) -> dict[str, Any]:
 
 
 def remove_files(folder: Path, names: Iterable[str]) -> None:
-    """Remove files of an earlier run and folders that become empty. Missing files are no error.
-
-    config.json is removed first, so that no loader opens the rest, and report.json, which lists the files, last.
-
-    Raises OutputError when a file cannot be removed.
-    """
+    """Remove files of an earlier run and folders that become empty: config.json first, so that no loader opens the
+    rest, and report.json, which lists the files, last. Missing files are no error."""
     order = lambda name: (name.endswith(REPORT), not name.endswith("config.json"), name)
     try:
         for name in sorted(names, key=order):
@@ -129,10 +123,7 @@ def remove_files(folder: Path, names: Iterable[str]) -> None:
 
 
 def reject_model_folder(output: Path, source: str | os.PathLike[str] | None) -> None:
-    """Raise OutputError when `output` is the folder of the source model, a link to it, or a folder above it.
-
-    `source`: the model's folder; a hub id or None passes.
-    """
+    """Raise OutputError when `output` is the folder of the source model, a link to it, or a folder above it."""
     if source is None or not os.path.isdir(source):
         return
     model, target = Path(source).resolve(), output.expanduser().resolve()
@@ -147,12 +138,8 @@ def reject_model_folder(output: Path, source: str | os.PathLike[str] | None) -> 
 def ensure_output_folder(
     path: str | os.PathLike[str], overwrite: bool = False, ours: Collection[str] = (PARTIAL,)
 ) -> Path:
-    """Create the output folder and return its path. A folder with only the result of an earlier run is accepted.
-
-    `ours`: names that an interrupted run may have left there.
-
-    Raises OutputError when it is a file, not writable, or holds foreign files and `overwrite` is False.
-    """
+    """Create the output folder and return its path. Raises OutputError when it is a file, not writable, or without
+    `overwrite` holds files that are neither of an earlier run nor `ours`."""
     folder = Path(path).expanduser()
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"output path {folder} is a file; give a folder that is new or empty")
@@ -210,20 +197,17 @@ def check_disk(path: str | os.PathLike[str], bytes_needed: int) -> None:
 
 @contextmanager
 def explain_write_errors(folder: str | os.PathLike[str], needed: int) -> Iterator[None]:
-    """Convert OSError inside the context into an OutputError that names the file; for a full disk also the free bytes
-    and the `needed` bytes of the output in `folder`."""
+    """Convert OSError into an OutputError that names the file; for a full disk also the free and the `needed` bytes."""
     try:
         yield
     except (AutoRoundError, OSError) as error:
         cause = error.__cause__ if isinstance(error, OutputError) else error
         full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT)
-        space = ""
-        if full:
-            space = (
-                f"; the disk of {folder} has {free_bytes(folder) / _GB:.2f} GB free, and the output takes "
-                f"{needed / _GB:.2f} GB: free some space and give the same command again, or choose a folder on "
-                "another disk"
-            )
+        space = "" if not full else (
+            f"; the disk of {folder} has {free_bytes(folder) / _GB:.2f} GB free, and the output takes "
+            f"{needed / _GB:.2f} GB: free some space and give the same command again, or choose a folder on another "
+            "disk"
+        )  # fmt: skip
         if not isinstance(error, AutoRoundError):
             text = f"cannot write {error.filename or folder} ({error.strerror or type(error).__name__})"
             raise OutputError(text + space) from error

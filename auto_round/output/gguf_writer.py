@@ -16,7 +16,7 @@ from auto_round.errors import ConfigError, OutputError
 from auto_round.files import bytes_of, path_inside, sync_folder
 from auto_round.gguf.file_types import FLOAT_TYPES, tensor_bytes
 from auto_round.gguf.metadata import KeyValue, gguf_package
-from auto_round.output.writer import AtomicOutput, PartialFile, Records
+from auto_round.output.writer import KEEP, NEW, AtomicOutput, PartialFile, Records
 
 ALIGNMENT = 32
 _MAX_DIMENSIONS = 4  # of a tensor in ggml
@@ -41,19 +41,13 @@ class _TensorSlot:
 
 class GgufFile(AtomicOutput):
     """Writes one `.gguf` under a temporary name and renames it when every row was written exactly once. The order of
-    writes does not change the bytes.
+    writes does not change the bytes. Raises ConfigError for a shape, a type or a value that GGUF cannot hold.
 
     Args:
-        path: the file to create or replace, in an existing folder.
         arch: llama.cpp's name of the architecture.
         metadata: keys and values in file order. general.architecture is left out.
         tensors: (name, shape in torch's order, type) of every tensor, in file order.
         records: continue after these writes of an earlier writer, all that it returned by `take_records`.
-
-    Raises:
-        OutputError: the file cannot be created, the disk is full, or the file does not hold the `records`.
-        ConfigError: a shape, a type or a value that GGUF cannot hold; a duplicate key or tensor.
-        UnsupportedError: the `gguf` package is not installed.
     """
 
     def __init__(
@@ -63,22 +57,24 @@ class GgufFile(AtomicOutput):
         self.path = Path(path)
         super().__init__(self.path.parent)
         path_inside(self.folder, self.path.name)
-        self._slots = _plan_slots(tensors)
+        self._slots: dict[str, _TensorSlot] = {}
+        offset = 0
+        for name, shape, kind in tensors:
+            self._check(name, shape, kind)
+            self._slots[name] = _TensorSlot(name, tuple(int(size) for size in shape), kind, offset)
+            offset += _padded(self._slots[name].nbytes)
         temporary = self.path.with_name(f".{self.path.name}.partial")
         if records is not None and self.path.exists():  # renamed before the interruption
             os.replace(self.path, temporary)
-        self._file = PartialFile(temporary, self.path, resume=records is not None)
+        self._file = PartialFile(temporary, self.path, NEW if records is None else KEEP)
         self.partial.append(self._file)
         header = self._header_bytes(temporary.with_suffix(".header"), arch, metadata)
         self._start = _padded(len(header))
-        end = max((tensor.offset + _padded(tensor.nbytes) for tensor in self._slots.values()), default=0)
-        self.nbytes = self._start + end
-        """Size of the finished file."""
+        self.nbytes = self._start + offset  # of the finished file
         try:
             for name, row, count, crc in records or ():
                 tensor = self._slots[name]
-                offset = self._start + tensor.offset + row * tensor.row_bytes
-                self._file.check(offset, count * tensor.row_bytes, crc)
+                self._file.check(self._start + tensor.offset + row * tensor.row_bytes, count * tensor.row_bytes, crc)
                 tensor.written[row : row + count] = True
             self._file.write(0, header, "the header")
             self._file.truncate(self.nbytes)  # padding reads as zeros
@@ -95,9 +91,6 @@ class GgufFile(AtomicOutput):
                 Without a slot it may span slots, as [slots, n, ...] with all rows.
             first_row: row of the tensor at which `data` starts.
             slot: index in the first dimension of a stacked tensor, also of vectors stacked in a matrix.
-
-        Raises OutputError for an unknown tensor, rows that do not exist or are written twice, a wrong dtype or width, a
-        finished file, or a full disk.
         """
         if self._finished:
             raise OutputError(f"tensor {name!r} came after {self.path} was finished")
@@ -126,26 +119,33 @@ class GgufFile(AtomicOutput):
         row = base + first_row
         if bool(tensor.written[row : row + count].any()):
             raise OutputError(f"{self.path}: rows of tensor {name!r} are written twice")
-        offset = self._start + tensor.offset + row * tensor.row_bytes
-        crc = self._file.write(offset, bytes_of(data), f"tensor {name!r}")
+        crc = self._file.write(self._start + tensor.offset + row * tensor.row_bytes, bytes_of(data), f"tensor {name!r}")
         tensor.written[row : row + count] = True
         self._records.append([name, row, count, crc])
 
     def finish(self) -> str:
-        """Sync the file, rename it and return its SHA-256.
-
-        Raises OutputError when rows are missing, or the file cannot be written to disk.
-        """
+        """Sync the file, rename it and return its SHA-256. Raises OutputError when rows are missing."""
         if self._finished:
             raise OutputError(f"{self.path} was finished already")
         for tensor in self._slots.values():
-            missing = tensor.written.numel() - int(tensor.written.sum())
-            if missing:
+            if missing := tensor.written.numel() - int(tensor.written.sum()):
                 raise OutputError(f"{self.path}: {missing} rows of tensor {tensor.name!r} were not written")
         self.sha256[self.path.name] = self._file.seal(self.path)
         sync_folder(self.folder)
         self._finished = True
         return self.sha256[self.path.name]
+
+    def _check(self, name: str, shape: Sequence[int], kind: str) -> None:
+        if kind not in FLOAT_TYPES and kind not in GGML_TYPES:
+            raise ConfigError(f"tensor {name!r}: {kind!r} is no type of a GGUF file that can be written here")
+        if not 0 < len(shape) <= _MAX_DIMENSIONS or min(shape) < 1:
+            raise ConfigError(f"tensor {name!r}: a GGUF file cannot hold the shape {list(shape)}")
+        if kind in GGML_TYPES and shape[-1] % GGML_TYPES[kind].block:
+            raise ConfigError(f"tensor {name!r}: rows of {shape[-1]} do not divide into blocks of {kind}")
+        if not name or len(name.encode()) > _MAX_NAME_BYTES:
+            raise ConfigError(f"tensor {name!r}: a name in a GGUF file has 1 to {_MAX_NAME_BYTES} bytes")
+        if name in self._slots:
+            raise ConfigError(f"tensor {name!r} is given twice")
 
     def _header_bytes(self, temporary: Path, arch: str, metadata: Iterable[KeyValue]) -> bytes:
         """The bytes before the tensors, made by the `gguf` package in the file `temporary`, which is removed."""
@@ -175,23 +175,3 @@ class GgufFile(AtomicOutput):
 
 def _padded(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
-
-
-def _plan_slots(tensors: Sequence[tuple[str, Sequence[int], str]]) -> dict[str, _TensorSlot]:
-    """Aligned offsets of all tensors, in file order."""
-    slots: dict[str, _TensorSlot] = {}
-    offset = 0
-    for name, shape, kind in tensors:
-        if kind not in FLOAT_TYPES and kind not in GGML_TYPES:
-            raise ConfigError(f"tensor {name!r}: {kind!r} is no type of a GGUF file that can be written here")
-        if not 0 < len(shape) <= _MAX_DIMENSIONS or min(shape) < 1:
-            raise ConfigError(f"tensor {name!r}: a GGUF file cannot hold the shape {list(shape)}")
-        if kind in GGML_TYPES and shape[-1] % GGML_TYPES[kind].block:
-            raise ConfigError(f"tensor {name!r}: rows of {shape[-1]} do not divide into blocks of {kind}")
-        if not name or len(name.encode()) > _MAX_NAME_BYTES:
-            raise ConfigError(f"tensor {name!r}: a name in a GGUF file has 1 to {_MAX_NAME_BYTES} bytes")
-        if name in slots:
-            raise ConfigError(f"tensor {name!r} is given twice")
-        slots[name] = _TensorSlot(name, tuple(int(size) for size in shape), kind, offset)
-        offset += _padded(slots[name].nbytes)
-    return slots

@@ -59,10 +59,8 @@ else:
 
 
 def is_lock_held(path: Path) -> bool:
-    """Whether a live process holds the lock at `path`; True on file systems without locks.
-
-    The query holds a shared lock for a moment; a FolderLock taken then needs `patience`.
-    """
+    """Whether a live process holds the lock at `path`; True on file systems without locks. The query holds a shared
+    lock for a moment; a FolderLock taken then needs `patience`."""
     try:
         file = os.open(path, os.O_RDONLY)
     except OSError:
@@ -76,10 +74,9 @@ def is_lock_held(path: Path) -> bool:
 
 
 class FolderLock:
-    """A file lock that the operating system frees when its process ends, in whatever way.
+    """A file lock that the operating system frees when its process ends, with the owner's process id and host.
 
-    `path` holds the owner's process id and host while it is locked. Raises OutputError, which names the owner and the
-    folder `what`, when another process, or another run in this one, holds it after `patience` seconds.
+    Raises OutputError, which names the owner and the folder `what`, when another one holds it after `patience` seconds.
     """
 
     def __init__(self, path: Path, what: Path, patience: float = 0) -> None:
@@ -229,10 +226,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def publish_files(path: Path, folder: Path, files: Iterable[str], stale: Iterable[str] = ()) -> None:
     """Move `files` from `path` to `folder` on the same disk, config.json or a .gguf file last; the `stale` files of an
-    earlier run and weights of other names are removed before that. An interrupted call may be repeated.
-
-    Raises OutputError when a file cannot be moved.
-    """
+    earlier run and weights of other names are removed before that. An interrupted call may be repeated."""
     tops = dict.fromkeys(name.split("/")[0] for name in files)
     first = [name for name in tops if name != ENTRY_FILE and not name.endswith(".gguf")]
     try:

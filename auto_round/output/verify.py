@@ -27,8 +27,7 @@ def dense_digest(*parts: torch.Tensor | str) -> str:
 
 
 def layer_digest(layer: QuantizedLayer, dense: bool, dtype: torch.dtype) -> str:
-    """Digest of what a file must hold of a layer: codes, all scales and zero points, or with `dense` the dequantized
-    weight in `dtype`."""
+    """Digest of what a file must hold of a layer: its codes, or with `dense` the dequantized weight in `dtype`."""
     return dense_digest(*((layer.dequantize(dtype),) if dense else layer.codes.digest_parts(layer, dtype)))
 
 
@@ -44,7 +43,7 @@ def mismatch_error(where: Path, what: str) -> VerifyError:
 
 
 def compare_values(where: Path, planned: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
-    """Compare configuration values, which decide how a reader interprets the weights. Raises VerifyError."""
+    """Raise VerifyError when configuration values, by which a reader interprets the weights, differ."""
     planned = json.loads(json.dumps(planned))
     wrong = sorted(key for key in {*stored, *planned} if stored.get(key) != planned.get(key))
     if wrong:
@@ -64,7 +63,7 @@ def compare_names(where: Path, what: str, planned: Mapping[str, Any], stored: Ma
 def compare_tensors(
     where: Path, planned: Mapping[str, tuple[Sequence[int], Any]], stored: Mapping[str, tuple[Sequence[int], Any]]
 ) -> None:
-    """Compare names, shapes and types of all tensors in the files. Raises VerifyError."""
+    """Raise VerifyError when names, shapes or types of tensors differ."""
     compare_names(where, "tensors", planned, stored)
     for name, (shape, kind) in planned.items():
         found, its_kind = stored[name]
@@ -88,11 +87,8 @@ _TOKENIZER_FILES = re.compile(
 
 
 def check_tokenizer(folder: Path, origin: Path | None, tokenizer: Any, trusted: bool) -> bool:
-    """Compare the tokenizer (token ids, chat template, special tokens) and processor of a folder with the source's.
-
-    `origin`: the source's folder; without one, `tokenizer` is the object whose files were written. Returns whether
-    there was a tokenizer to compare. Raises VerifyError when they differ or the written one does not open.
-    """
+    """Compare the tokenizer and processor of a folder with those in `origin`, the source's folder, or with the object
+    whose files were written. Returns whether there was a tokenizer; raises VerifyError when they differ."""
     wanted = tokenizer
     if origin is not None:
         has = any(_TOKENIZER_FILES.search(path.name) for path in origin.iterdir() if path.is_file())
@@ -142,14 +138,14 @@ def _behaviour(tokenizer: Any) -> dict[str, Any]:
         named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
         return json.dumps(named, sort_keys=True), len(tokenizer)
 
-    def chat(name: str | None) -> Any:
-        return tokenizer.apply_chat_template(_CHAT, chat_template=name, tokenize=False)
+    def chat(**options: Any) -> Any:
+        return tokenizer.apply_chat_template(_CHAT, tokenize=False, **options)
 
     templates = getattr(tokenizer, "chat_template", None)
     names = () if templates is None else list(templates) if isinstance(templates, dict) else (None,)
     return {
         "ids of a text": attempt(lambda: [int(i) for i in tokenizer.encode(SAMPLE)]),
-        "chat": [templates, *(attempt(partial(chat, name)) for name in names)],
+        "chat": [templates, *(attempt(partial(chat, chat_template=name)) for name in names)],
         "special tokens": attempt(special),
     }
 

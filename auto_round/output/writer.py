@@ -36,6 +36,7 @@ from auto_round.files import (
 _Self = TypeVar("_Self", bound="AtomicOutput")
 _AT_ONCE = 1 << 30  # Linux writes at most 2 GiB in one call
 _CHUNK_BYTES = 1 << 20  # of a file that is compared at a time
+NEW, KEEP = "w+b", "r+b"
 
 Records = list[list[Any]]
 """What was written, as plain values: one list for each write, ending with the CRC-32 of its bytes."""
@@ -53,17 +54,12 @@ class PartialFile:
     """A file under a temporary name. It is opened when it is first written, and again after `close`.
 
     Once it is open, several threads may write, and `sync` may be called meanwhile. All methods that write raise
-    OutputError when the disk is full or the file cannot be written.
-
-    Args:
-        path: the temporary path.
-        shown: path in error messages.
-        resume: keep the content of the file; otherwise it is emptied when it is first written.
+    OutputError when the disk is full or the file cannot be written. `shown`: path in error messages. `mode`: NEW
+    empties the file when it is first written, KEEP continues it.
     """
 
-    def __init__(self, path: Path, shown: Path | None = None, resume: bool = False) -> None:
-        self.path, self._shown = path, shown or path
-        self._mode = "r+b" if resume else "w+b"
+    def __init__(self, path: Path, shown: Path | None = None, mode: str = NEW) -> None:
+        self.path, self._shown, self._mode = path, shown or path, mode
         self._file: IO[bytes] | None = None
         self._lock = threading.Lock()
 
@@ -126,7 +122,7 @@ class PartialFile:
 
     def _open(self) -> IO[bytes]:
         if self._file is None:
-            self._file, self._mode = open(self.path, self._mode, buffering=0), "r+b"
+            self._file, self._mode = open(self.path, self._mode, buffering=0), KEEP
         return self._file
 
     @contextmanager
@@ -143,14 +139,8 @@ class PartialFile:
 
 
 class AtomicOutput(ABC):
-    """A writer whose files appear under their names together or not at all.
-
-    As a context manager: a normal exit finishes the files, an exception removes them.
-
-    Attributes:
-        partial: the unfinished files.
-        sha256: SHA-256 of each finished file by name.
-    """
+    """A writer whose files appear under their names together or not at all. As a context manager: a normal exit
+    finishes the files, an exception removes them. `sha256`: of each finished file by name."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -171,7 +161,6 @@ class AtomicOutput(ABC):
         return records
 
     def sync(self) -> None:
-        """Sync everything that was written to disk."""
         for file in list(self.partial):
             file.sync()
 
@@ -211,7 +200,7 @@ _UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2
 
 
 def parse_size(size: int | str, name: str = "max_shard_size") -> int:
-    """Parse a size in bytes: `5000000`, `"500MB"` or `"2GiB"`. Raises ConfigError for anything else or below 1 byte."""
+    """Parse a size in bytes: `5000000`, `"500MB"` or `"2GiB"`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
         raise ConfigError(f"{name}={size!r} is not a size; give bytes, or a text such as '500MB' or '5GB'")
@@ -225,14 +214,11 @@ def header_entry_bytes(name: str, dimensions: int) -> int:
 
 @dataclass
 class _Shard:
-    """One shard under a temporary name.
+    """One shard under a temporary name, with `capacity` bytes for the JSON text of the header.
 
-    Attributes:
-        capacity: bytes reserved for the JSON text of the header.
-        written: (name, shape, dtype) of the tensors in the file, in order; `end` is their bytes.
-        late: tensors that are written last. Readers view the bytes in place, so every tensor must start aligned to its
-            dtype, and one with an odd size would shift those after it.
-        size, header_bytes: of all tensors, and of their header entries at most.
+    `written`: tensors in the file in order, `end` their bytes. `late`: tensors that are written last: readers view the
+    bytes in place, so every tensor must start aligned to its dtype, and one with an odd size would shift those after
+    it. `size`, `header_bytes`: of all tensors, and of their header entries at most.
     """
 
     file: PartialFile
@@ -273,12 +259,7 @@ class ShardWriter(AtomicOutput):
         self.total_size = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor.
-
-        Raises:
-            OutputError: a duplicate name, a finished writer, or a full disk.
-            ConfigError: safetensors has no such dtype.
-        """
+        """Write one tensor. Raises OutputError for a duplicate name, and ConfigError for a dtype of no file."""
         if self._finished:
             raise OutputError(f"tensor {name!r} came after the checkpoint was finished")
         if name in self._shard_of:
@@ -288,13 +269,15 @@ class ShardWriter(AtomicOutput):
         tensor = tensor.detach().to("cpu").contiguous()
         entry = header_entry_bytes(name, tensor.dim())
         last = self._shards[-1] if self._shards else None
+        if last is not None:
+            if last.size + tensor.nbytes > self.max_shard_size or last.header_bytes + entry > last.capacity:
+                self._write_late(last)
+                last.file.sync()
+                last.file.close()
+                last = None
         if last is None:
             last = self._new_shard(entry)
-        elif last.size + tensor.nbytes > self.max_shard_size or last.header_bytes + entry > last.capacity:
-            self._write_late(last)
-            last.file.sync()
-            last.file.close()
-            last = self._new_shard(entry)
+            last.file.truncate(8 + last.capacity)
         self._count(last, name, tensor.shape, tensor.nbytes)
         if tensor.nbytes % ALIGNMENT:
             # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
@@ -309,14 +292,11 @@ class ShardWriter(AtomicOutput):
         self._shard_of[name] = self._shards.index(shard)
         self.total_size += nbytes
 
-    def _new_shard(self, first_entry: int, resume: bool = False) -> _Shard:
+    def _new_shard(self, first_entry: int, mode: str = NEW) -> _Shard:
         capacity = max(self._header_capacity, _METADATA_BYTES + first_entry)
         path = self.folder / f".model-{len(self._shards) + 1:05d}.partial"
-        file = PartialFile(path, resume=resume)
-        shard = _Shard(file, -(-capacity // ALIGNMENT) * ALIGNMENT)
-        if not resume:
-            file.truncate(8 + shard.capacity)
-        self.partial.append(file)
+        shard = _Shard(PartialFile(path, mode=mode), -(-capacity // ALIGNMENT) * ALIGNMENT)
+        self.partial.append(shard.file)
         self._shards.append(shard)
         return shard
 
@@ -336,17 +316,15 @@ class ShardWriter(AtomicOutput):
         return late
 
     def restore(self, records: Records, late: Mapping[str, torch.Tensor]) -> None:
-        """Continue after the writes of an earlier writer: all that it returned by `take_records` and `take_late`.
-
-        Raises OutputError when its files do not hold them any more.
-        """
+        """Continue after all that an earlier writer returned by `take_records` and `take_late`. Raises OutputError when
+        its files do not hold it any more."""
         # Shards that were renamed before the interruption get their temporary names again.
         for path in list(self.folder.iterdir()):
             if (match := _FINAL_NAME.fullmatch(path.name)) is not None:
                 os.replace(path, self.folder / f".model-{match[1] or '00001'}.partial")
         for index, name, shape, dtype, crc in records:
             if index == len(self._shards):
-                self._new_shard(header_entry_bytes(name, len(shape)), resume=True)
+                self._new_shard(header_entry_bytes(name, len(shape)), KEEP)
             shard = self._shards[index]
             if shard.late.pop(name, None) is None:
                 self._count(shard, name, shape, prod(shape) * DTYPES[dtype].itemsize)
@@ -360,10 +338,8 @@ class ShardWriter(AtomicOutput):
         last.file.truncate(8 + last.capacity + last.end)
 
     def finish(self) -> list[Path]:
-        """Rename the shards, write the index last, and return the paths of the shards.
-
-        Files of an earlier checkpoint are removed: its index first, its other shards last.
-        """
+        """Rename the shards, write the index last, and return the paths of the shards. Files of an earlier checkpoint
+        are removed: its index first, its other shards last."""
         if self._finished:
             raise OutputError("the checkpoint was finished already")
         if not self._shards:

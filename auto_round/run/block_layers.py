@@ -28,10 +28,8 @@ from auto_round.schemes import QuantizationScheme
 def layer_task(source: ModelSource, plan: LayerPlan) -> LayerTask:
     """The task of a linear layer, with the source's own weight and bias."""
     module = source.model.get_submodule(plan.name)
-    weight = weight_2d(module)
-    return with_loaded_weights(
-        LayerTask(plan.name, module, weight, plan.scheme, transposed=plan.transposed, ggml=plan.ggml)
-    )
+    task = LayerTask(plan.name, module, weight_2d(module), plan.scheme, transposed=plan.transposed, ggml=plan.ggml)
+    return with_loaded_weights(task)
 
 
 def with_loaded_weights(task: LayerTask) -> LayerTask:
@@ -41,8 +39,7 @@ def with_loaded_weights(task: LayerTask) -> LayerTask:
 
 
 def install_weight(task: LayerTask, layer: QuantizedLayer | None) -> None:
-    """Replace a module's weight by the dequantized one of its layer. Without a layer, restore it if `free_cast_copies`
-    freed it."""
+    """Replace a module's weight by the dequantized one of its layer; without a layer, restore it if it was freed."""
     freed = task.module.weight
     assert isinstance(freed, torch.nn.Parameter)
     weight = task.weight if layer is None else layer.dequantize().to(task.weight.device)
@@ -53,20 +50,10 @@ def install_weight(task: LayerTask, layer: QuantizedLayer | None) -> None:
         set_weight_2d(task.module, weight)
 
 
-def free_cast_copies(tasks: Sequence[LayerTask]) -> None:
-    """Free weights that were cast to the compute dtype: quantizers start from the source's own weights."""
-    for task in tasks:
-        weight = weight_2d(task.module)
-        if weight.dtype != task.weight.dtype:
-            task.module.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
-
-
 @contextmanager
 def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dtype) -> Iterator[None]:
-    """Temporarily cast a module from the model's dtype to `dtype`; the original tensors are restored on exit.
-
-    Tensors in another dtype (a router's bias in float32) and packed layers are left unchanged.
-    """
+    """Cast a module's tensors in the model's dtype to `dtype` for a while. Others (a router's bias in float32) and
+    packed layers are left unchanged."""
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for owner in (part for part in module.modules() if not isinstance(part, PackedLinear)):
         stores: tuple[dict[str, Any], ...] = (owner._parameters, owner._buffers)
@@ -87,19 +74,11 @@ def in_dtype(module: torch.nn.Module, model_dtype: torch.dtype, dtype: torch.dty
 def activation_of(
     scheme: QuantizationScheme, name: str, extremes: MinMaxObserver, stored: torch.dtype
 ) -> ActivationQuantizer | None:
-    """The input quantizer of a layer; None when its inputs are not quantized.
-
-    Args:
-        name: of the layer in `extremes`, which only static scales use.
-        stored: dtype of static scales in the files, unless the codec has one of its own.
-
-    Raises NumericsError when a static scale has no calibration token or is NaN.
-    """
+    """The input quantizer of a layer, `name` in `extremes`, or None. `stored`: dtype of static scales in the files,
+    unless the codec has one of its own. Raises NumericsError when a static scale has no calibration token or is NaN."""
     wanted = scheme.activations
-    if wanted is None:
-        return None
-    if not wanted.calibrated:
-        return ActivationQuantizer(wanted)
+    if wanted is None or not wanted.calibrated:
+        return None if wanted is None else ActivationQuantizer(wanted)
     low, high = extremes.of(name)
     if wanted.has_global_scale:
         return ActivationQuantizer(wanted, global_scale=global_scale_of(torch.maximum(-low, high)).cpu())
@@ -114,11 +93,8 @@ def input_quantizers(layer: QuantizedLayer) -> list[ActivationQuantizer]:
 
 
 def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, QuantizationScheme]) -> None:
-    """Give layers the same input range when runtimes need one input scale for all of them.
-
-    These are fused layers with a global scale (NVFP4), unless AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE is off, and routed
-    experts with AR_ENABLE_UNIFY_MOE_INPUT_SCALE. `schemes`: of layers with static input scales, by name.
-    """
+    """Give layers one input range where runtimes need one input scale: fused layers with a global scale (NVFP4), and
+    with AR_ENABLE_UNIFY_MOE_INPUT_SCALE routed experts. `schemes`: of layers with static input scales."""
     groups: list[Sequence[str]] = []
     if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE:
         under_global = [n for n, s in schemes.items() if s.activations is not None and s.activations.has_global_scale]
@@ -133,10 +109,7 @@ def share_input_ranges(extremes: MinMaxObserver, schemes: Mapping[str, Quantizat
 
 
 def share_global_scales(tasks: Sequence[LayerTask]) -> None:
-    """Set one `global_scale` (NVFP4) for each group of fused layers in a block: that of the largest weight in it.
-
-    With AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE off, every layer computes its own.
-    """
+    """Set one `global_scale` (NVFP4) for each group of fused layers in a block: that of the largest weight in it."""
     owners = {task.name: task for task in tasks if task.codec.has_global_scale}
     groups = fused_groups(owners, across_experts=False) if envs.AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE else []
     for group in groups:

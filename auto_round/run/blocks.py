@@ -19,6 +19,7 @@ from auto_round.codecs.activation import quantized_inputs
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import NumericsError
 from auto_round.modeling.attention import find_attention
+from auto_round.modeling.blocks import weight_2d
 from auto_round.modeling.partial_loading import BlockLoader, ExpertStreamer, block_loader, expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import HeapTrimmer
@@ -26,7 +27,6 @@ from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
 from auto_round.run.block_layers import (
     activation_of,
-    free_cast_copies,
     in_dtype,
     install_weight,
     layer_task,
@@ -52,23 +52,15 @@ Layers = Mapping[str, QuantizedLayer]
 
 @dataclass
 class RunState:
-    """A run while its units are quantized: what all units share, the hidden states between blocks, and the results.
+    """A run while its units are quantized: what all units share, the hidden states between blocks, and the results,
+    which are those of `Unit`.
 
     Attributes:
-        outputs: writers that receive the results.
         dtype: of the matrix products.
-        transforms: rewrite each block in an equivalent form before it is quantized.
         importance: given importance by layer, instead of second moments of the calibration data.
         full: calibration samples in full precision; None when no data is needed, or once it is not finite.
         quantized: the same samples after the quantized blocks; None while one stream is enough.
         smoke: a few tokens after the quantized blocks, to verify the saved model; None without.
-        freed: returns the memory of finished blocks to the system.
-        sums, tokens: result: sums of squares of the inputs by layer, and over how many tokens; empty unless an
-            importance file is saved.
-        records: result: one record per block.
-        unreached: result: quantized layers that no calibration token reached (experts).
-        nearest: result: layers that got the nearest codes instead of error feedback, with the reasons.
-        cache_scales: result: static scales of attention by tensor name, scalars or [heads].
     """
 
     job: Job
@@ -94,7 +86,6 @@ class RunState:
 
     @property
     def device(self) -> torch.device:
-        """The device of the matrix products."""
         return self.settings.device
 
     @property
@@ -125,11 +116,7 @@ class RunState:
 
 
 class WholeBlock:
-    """One block of a run that is in memory as a whole while it is quantized.
-
-    Attributes:
-        layers: the quantized layers by name, once they are installed.
-    """
+    """One block of a run that is in memory as a whole while it is quantized; `layers` are those installed in it."""
 
     def __init__(self, loader: BlockLoader, quantizer: BlockQuantizer, numerics: NumericsPolicy) -> None:
         self.loader, self.quantizer, self.numerics = loader, quantizer, numerics
@@ -140,7 +127,7 @@ class WholeBlock:
         return self.quantizer.quantize_block(task)
 
     def fall_back(self, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
-        """What the policy for NaN and Inf makes of the block after `error`, which is raised if that is not allowed."""
+        """What the policy for NaN and Inf makes of the block; raises `error` if it allows nothing."""
         return self.numerics.fall_back(self.name, tasks, error)
 
     def install(self, tasks: Sequence[LayerTask], result: BlockResult) -> list[LayerTask]:
@@ -154,7 +141,7 @@ class WholeBlock:
         return [task for task in tasks if task.name in layers]
 
     def running(self) -> AbstractContextManager[None]:
-        """While the context is open, the block can be called; with its quantized weights once they are installed."""
+        """A context in which the block can be called."""
         return self.loader.running()
 
 
@@ -197,8 +184,7 @@ def _round_expert(loader: BlockLoader, quantizer: BlockQuantizer, task: BlockTas
 
 
 class ExpertLayers(Mapping[str, QuantizedLayer]):
-    """Layers of a block by name, in the order of `names`: those of one expert are made by `make` on access, the others
-    are `held` in memory."""
+    """Layers of a block by name: those of one expert are made by `make` on access, the others are `held` in memory."""
 
     def __init__(self, names: Sequence[str], held: Layers, make: Callable[[str], Layers]) -> None:
         self._names, self._held, self._make = names, held, make
@@ -229,10 +215,7 @@ _BLOCKS: dict[type[BlockLoader], type[WholeBlock]] = {BlockLoader: WholeBlock, E
 
 
 def quantize_blocks(state: RunState, progress: Progress) -> None:
-    """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal.
-
-    Raises NumericsError for NaN or Inf that `state.numerics` does not handle.
-    """
+    """Quantize every block in order and write it to `state.outputs`; finished blocks are restored from the journal."""
     source, blocks, journal = state.source, state.source.blocks, state.journal
     finished = min(journal.finished, len(blocks))
     progress.start(len(blocks), finished)
@@ -260,8 +243,7 @@ def quantize_blocks(state: RunState, progress: Progress) -> None:
 
 
 def _quantize_block(index: int, name: str, state: RunState) -> tuple[Unit, Layers, int]:
-    """Quantize one block, and run the samples through it. Returns (its results, its layers, a checksum of its original
-    weights)."""
+    """Quantize one block, and run the samples through it: (its results, its layers, checksum of its weights)."""
     started = time.monotonic()
     source, numerics, journal, unit = state.source, state.numerics, state.journal, Unit()
     loader = block_loader(source, name, state.device, state.dtype, state.job.memory_plan.streams_experts)
@@ -302,10 +284,7 @@ def _quantize_block(index: int, name: str, state: RunState) -> tuple[Unit, Layer
 def _transform_block(
     transform: BlockTransform, index: int, block: WholeBlock, planned: Sequence[LayerPlan], state: RunState, unit: Unit
 ) -> None:
-    """Ask a transform for its edits of a block in full precision, and apply them to the source.
-
-    Raises NumericsError when the block's output on a calibration sample differs afterwards.
-    """
+    """Apply a transform's edits of a block to the source, and check that its output on a calibration sample remains."""
     source, full, name, module = state.source, state.full, block.name, block.module
     schemes = {plan.name.removeprefix(f"{name}."): plan.scheme for plan in planned}
     reference = None
@@ -336,10 +315,9 @@ def _quantize_layers(
     index: int, block: WholeBlock, tasks: list[LayerTask], state: RunState, unit: Unit
 ) -> BlockResult:  # fmt: skip
     """Run the block in full precision if there is calibration data, then quantize its layers."""
-    name, full = block.name, state.full
-    if full is None and state.numerics.lost is not None:
-        reason = f"no finite calibration data since block {state.numerics.lost}"
-        return state.numerics.without_data(name, tasks, reason)
+    name, full, lost = block.name, state.full, state.numerics.lost
+    if full is None and lost is not None:
+        return state.numerics.without_data(name, tasks, f"no finite calibration data since block {lost}")
     extremes, inputs = MinMaxObserver(), None
     if full is not None:
         inputs = full.hidden
@@ -349,14 +327,17 @@ def _quantize_layers(
         if state.importance is not None:
             given = state.importance.get(layer.name)
             layer.importance = None if given is None else given.to(state.device)
-        layer.activation = activation_of(
-            layer.scheme, layer.name.removeprefix(f"{name}."), extremes, state.source.dtype
-        )  # fmt: skip
+        inner = layer.name.removeprefix(f"{name}.")
+        layer.activation = activation_of(layer.scheme, inner, extremes, state.source.dtype)
     if not tasks:
         return BlockResult()
     run = _no_data if state.inputs is None else state.inputs.runner(index, block.module)
     task = BlockTask(name, block.module, tasks, run, state.dtype, state.settings.seed + index)
-    free_cast_copies(tasks)
+    for layer in tasks:  # free copies in the compute dtype: quantizers start from the source's own weights
+        cast = weight_2d(layer.module)
+        if cast.dtype != layer.weight.dtype:
+            layer.module.weight = torch.nn.Parameter(cast.new_empty(0), requires_grad=False)
+    del layer, cast  # references to weights
     state.freed.trim_if_grown()
     if full is not None and state.quantizer.needs_targets:
         _set_samples(task, full, state.quantized, inputs)
@@ -367,10 +348,8 @@ def _quantize_layers(
 def _observe(
     index: int, block: WholeBlock, tasks: list[LayerTask], full: Stream, state: RunState, unit: Unit
 ) -> MinMaxObserver:
-    """Run the block in full precision, and give its tasks what they need to know of their inputs.
-
-    Returns the ranges of the inputs with static scales, by layer name inside the block.
-    """
+    """Run the block in full precision, and give its tasks what they need to know of their inputs. Returns the ranges of
+    inputs with static scales, by layer name inside the block."""
     name, module, gptq, cache = block.name, block.module, state.settings.gptq, state.job.cache
     inner = {task.name: task.name.removeprefix(f"{name}.") for task in tasks}
     saves = state.settings.save_imatrix is not None
@@ -416,7 +395,6 @@ def _observe(
 
 
 def _set_samples(task: BlockTask, full: Stream, quantized: Stream | None, inputs: Any) -> None:
-    """Set the task's inputs, targets and loss mask, and how to move them off the device."""
     task.inputs, task.targets = inputs if quantized is None else quantized.hidden, full.hidden
     mask = full.captured.loss_mask
     task.loss_mask = None if bool(mask.all()) else mask
@@ -439,8 +417,8 @@ def write_unit(
     source: ModelSource, block: str | None, layers: Layers, scales: Mapping[str, torch.Tensor],
     outputs: Sequence[OutputWriter],
 ) -> None:  # fmt: skip
-    """Write the quantized layers, other tensors and static scales of a block, or of everything outside the blocks
-    (None). There a tied alias is written too if the tensor it is tied to was quantized."""
+    """Write the layers, other tensors and static scales of a block, or of all outside the blocks (None), where a tied
+    alias is written too if the tensor it is tied to was quantized."""
     replaced = {f"{layer}.{leaf}" for layer in layers for leaf in ("weight", "bias")}
     outside, tied = block is None, source.tied()
     inside = tuple(f"{name}." for name in (source.blocks if block is None else [block]))

@@ -26,6 +26,7 @@ from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.envs import work_space
 from auto_round.errors import ModelError, UnsupportedError
 from auto_round.formats.base import OutputFormat, get_format
+from auto_round.formats.no_config import GgufFormat
 from auto_round.logger import logger
 from auto_round.modeling.config import largest, smallest
 from auto_round.modeling.files.folder import side_files
@@ -47,13 +48,7 @@ from auto_round.run.fingerprint import (
     weight_files,
 )
 from auto_round.run.folder_output import FolderWriter
-from auto_round.run.gguf import (
-    GgufFileWriter,
-    gguf_format,
-    given_importance,
-    log_missing_importance,
-    save_importance,
-)
+from auto_round.run.gguf import GgufFileWriter, given_importance, log_missing_importance, save_importance
 from auto_round.run.head import finish_non_block, smoke_samples
 from auto_round.run.journal import Journal, NoJournal, interrupted_settings
 from auto_round.run.memory import check_work_space
@@ -66,13 +61,12 @@ from auto_round.run.streams import Stream
 from auto_round.run.writers import FileOutput, MemoryWriter, OutputContext, OutputWriter, RunResult
 
 _MIN_FREED_BYTES = 16 << 20  # freed memory that is worth returning to the system when experts are streamed
+_WRITERS: Mapping[type[OutputFormat], type[FileOutput]] = {GgufFormat: GgufFileWriter}  # of others: FolderWriter
 
 
 class InMemory(NamedTuple):
     """The result of a run without output folders: a runnable model, its quantized layers, and what `run` can save.
-
-    `writers`: what gave a model object its weights; none for a checkpoint.
-    """
+    `writers`: what gave a model object its weights; none for a checkpoint."""
 
     model: torch.nn.Module
     layers: dict[str, QuantizedLayer]
@@ -84,10 +78,7 @@ class InMemory(NamedTuple):
 
 @dataclass
 class Samples:
-    """What a run captured before its first block; None for what it does not need.
-
-    `smoke`: the inputs of the blocks for the few tokens that verify the saved model; `calibration`: for the data.
-    """
+    """What a run captured before its first block; None for what it does not need."""
 
     smoke_ids: list[dict[str, torch.Tensor]] | None = None
     smoke: CapturedInputs | None = None
@@ -105,10 +96,8 @@ class Samples:
 
 
 class Run:
-    """One run: a source model with settings.
-
-    `tokenizer` may be None when no text has to be read. `outputs` receive the results too, after files are written.
-    """
+    """One run: a source model with settings. `tokenizer` may be None when no text has to be read. `outputs` receive the
+    results too, after files are written."""
 
     def __init__(
         self, source: ModelSource, settings: Settings, tokenizer: Any, outputs: Sequence[OutputWriter] = ()
@@ -121,12 +110,8 @@ class Run:
         self, formats: Sequence[OutputFormat], output_dir: str | None = None, fit: bool = True, in_memory: bool = False,
         resume: bool = True,
     ) -> Job:  # fmt: skip
-        """Plan the job without running it. The run uses the settings of the job from now on (`Job.used`).
-
-        Args:
-            fit, in_memory: see `make_job`.
-            resume: when `output_dir` has an interrupted run, repeat its choices that change the result if possible.
-        """
+        """Plan the job without running it; the run uses its settings from now on. `fit`, `in_memory`: see `make_job`.
+        `resume`: repeat choices of the interrupted run in `output_dir` that change the result, if possible."""
         before = interrupted_settings(Path(output_dir)) if resume and output_dir and self.settings.tunes else {}
         rest = (formats, output_dir, fit, self.tokenizer, self._damaged, in_memory)
         make = partial(make_job, self.settings, self.source, *rest)
@@ -140,12 +125,7 @@ class Run:
         self, formats: Sequence[OutputFormat] | None, output_dir: str | None = None, resume: bool = True
     ) -> Job:
         """Plan the job (without formats: `memory_plan`) and check the importance files that it reads and writes. With
-        on_nan=keep, tensors with NaN or Inf are searched for first.
-
-        Raises:
-            DataError: the importance file is missing, damaged, or of another model.
-            OutputError: the importance file cannot be written, or the output folder is the model's.
-        """
+        on_nan=keep, tensors with NaN or Inf are searched for first."""
         source, settings = self.source, self.settings
         if output_dir is not None:
             disk.reject_model_folder(Path(output_dir), source.folder or source.name_or_path)
@@ -162,11 +142,8 @@ class Run:
         return job
 
     def memory_plan(self) -> Job:
-        """Plan for a model whose layers stay in memory.
-
-        Layers that no packing holds are left unquantized, so that any format can be saved later; when no format holds
-        the scheme at all, every layer is quantized.
-        """
+        """Plan for a model whose layers stay in memory. Layers that no packing holds are left unquantized, so that any
+        format can be saved later; when no format holds the scheme at all, every layer is quantized."""
         try:
             return self.plan([get_format(targets.default_format(self.settings))], in_memory=True)
         except UnsupportedError:
@@ -191,10 +168,7 @@ class Run:
                 complete, until `remove_journal`.
             job: the checked plan, if there is one already.
 
-        Raises:
-            ConfigError: the interrupted run differs.
-            OutputError: the folder cannot be used, or another run works on it.
-            Stopped: by Ctrl-C.
+        Raises ConfigError when the interrupted run differs, OutputError when the folder cannot be used, and Stopped.
         """
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
         made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
@@ -235,13 +209,8 @@ class Run:
         journal_of: Callable[[bool], Journal], make: Callable[[Sequence[FileOutput], Journal], RunResult],
         made_from: Mapping[str, str] | None = None, siblings: Sequence[str] = (),
     ) -> list[Path]:  # fmt: skip
-        """Write every format that an interrupted run has not completed, and publish the folders.
-
-        Args:
-            journal_of: opens the journal; its argument says whether to discard one that does not fit.
-            make: gives all results to the outputs.
-            made_from: `run_digests`.
-        """
+        """Write every format that an interrupted run has not completed, and publish the folders. `journal_of` opens the
+        journal; its argument says whether to discard one that does not fit. `make` gives all results to the outputs."""
         folders = targets.format_folders(root, formats)
         disk.check_disk(str(root), targets.missing_bytes(job, root))
         if self.source.folder is not None:
@@ -260,7 +229,8 @@ class Run:
                 for fmt, stage in zip(formats, stages, strict=True)
                 if not journal.publish_if_complete(fmt.name, stage, stale[stage.folder])
             ]
-            outputs = [self._output_writer(job, fmt, stage, shard) for fmt, stage in pending]
+            writers = [_WRITERS.get(type(fmt), FolderWriter) for fmt, _ in pending]
+            outputs = [of(job, *one, self.source, shard) for of, one in zip(writers, pending, strict=True)]
             blocks_done = lambda: None if self._run_state is None else len(self._run_state.records)
             with journal.checkpointing(outputs, len(job.blocks), blocks_done):
                 if outputs:
@@ -297,18 +267,11 @@ class Run:
         journal.check_compatible(fixed, weight_files(self.source), job.file_identity)
         return journal
 
-    def _output_writer(self, job: Job, fmt: OutputFormat, stage: Staging, shard: int | str) -> FileOutput:
-        if gguf_format([fmt]):
-            return GgufFileWriter(job, fmt, stage, self.source, self.settings.optimized_start)
-        return FolderWriter(job, fmt, stage, self.source, shard)
-
     def _quantizer(self, job: Job) -> BlockQuantizer:
         settings, algorithm = self.settings, self.settings.algorithm
         if isinstance(algorithm, SignRoundConfig):
-            compiled = settings.enable_torch_compile
-            return SignRoundQuantizer(
-                algorithm, settings.scale_dtype, settings.optimized_start, compiled, settings.gptq
-            )
+            options = settings.optimized_start, settings.enable_torch_compile, settings.gptq
+            return SignRoundQuantizer(algorithm, settings.scale_dtype, *options)
         if isinstance(algorithm, RegisteredConfig):
             return algorithm.make(settings.scale_dtype)
         feeds_back = any(plan.codec.uses_feedback(asked=False) for plan in job.quantized().values())
@@ -387,11 +350,8 @@ class Run:
         )  # fmt: skip
 
     def _samples(self, job: Job, journal: Journal, progress: Progress, stack: ExitStack) -> Samples:
-        """Capture what the blocks get of the smoke sample and of the calibration data, where the run needs them.
-
-        The smoke sample is first: with calibration data it also checks that the blocks can be run one at a time, which
-        is an error otherwise. A run that only rounds then continues without it.
-        """
+        """Capture what the blocks get of the smoke sample and of the calibration data, where the run needs them. The
+        smoke sample also tells whether the blocks can be run one at a time; a run that only rounds does without it."""
         settings, source, tokenizer, memory = self.settings, self.source, self.tokenizer, job.memory_plan
         capture = partial(
             capture_inputs, source, device=settings.device, dtype=compute_dtype(settings, source),

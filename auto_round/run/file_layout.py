@@ -21,8 +21,7 @@ from auto_round.run.plan import LayerPlan
 
 @dataclass(frozen=True)
 class FusedTarget:
-    """The stored tensor that a model tensor becomes, or becomes a part of: its name, its shape, and of how many model
-    tensors it consists. `piece`: position in it; None when the tensor is only renamed."""
+    """The stored tensor that a model tensor becomes, or of whose `parts` it is one, at `piece`, if not just renamed."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,14 +47,12 @@ class Reversal:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Tensors in the files of one format, and how model tensors map to them.
+    """Tensors in the files of one format, without static scales of the cache, and how model tensors map to them.
 
     Attributes:
-        tensors: shape and dtype by stored name, without static scales of the cache.
         targets: by model name, the stored tensor; a tensor without an entry keeps its name.
         reversals: by name of a model tensor (experts stacked), the reversed conversion that it is part of.
-        copies: by model name, the checkpoint tensors that are copied in its place.
-        spare: checkpoint tensors that are copied although no module reads them.
+        copies: by model name, the checkpoint tensors that are copied in its place; `spare`: those of no module.
     """
 
     tensors: TensorSpecs
@@ -94,11 +91,8 @@ def separate_tensors(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source:
 
 
 def plan_files(fmt: OutputFormat, layers: Mapping[str, LayerPlan], source: ModelSource) -> FileLayout:
-    """The layout of a format's files.
-
-    Raises UnsupportedError when tensors that the format stacks differ in shape or dtype, or when Transformers would
-    fuse the tensors of packed experts because of their names.
-    """
+    """The layout of a format's files. Raises UnsupportedError when tensors that it stacks differ, or when Transformers
+    would fuse the tensors of packed experts because of their names."""
     specs = separate_tensors(fmt, layers, source)
     if fmt.checkpoint_names:
         return _Planner(fmt, layers, source, specs).layout()
@@ -166,8 +160,7 @@ class _Planner:
         return FileLayout(self.tensors, self.targets, self.reversals, self.copies, spare)
 
     def _plan_of(self, name: str) -> TensorPlan | None:
-        """How the checkpoint stores a tensor; None when it does not, or when it stores one of two tied tensors and one
-        of them is quantized, so that each is stored under its own name."""
+        """How the checkpoint stores a tensor; None when it does not, or when it is tied to a quantized one."""
         plan, tied = self.source.own_plan(name), self.source.tied()
         if plan is None or plan.origin.name == name or name not in {*tied, *tied.values()}:
             return plan
@@ -265,11 +258,7 @@ def _fused_targets(model: nn.Module, specs: TensorSpecs) -> dict[str, FusedTarge
 
 
 def stacked_targets(specs: TensorSpecs, rules: ModelRules) -> dict[str, FusedTarget]:
-    """Targets by tensor name of the tensors that `rules` stack or rename.
-
-    Raises UnsupportedError when stacked tensors are missing or differ in shape or dtype, because the experts of a block
-    have different schemes.
-    """
+    """Targets by tensor name of the tensors that `rules` stack or rename."""
     moved: dict[str, FusedTarget] = {}
     stacks: dict[str, dict[int, str]] = defaultdict(dict)
     sizes: dict[str, int] = defaultdict(int)
@@ -310,8 +299,7 @@ def read_model_tensors(files: TensorFiles, names: Collection[str], layout: FileL
 
 
 class TensorAssembler:
-    """Collects model tensors until the stored tensor that they are part of is complete. `model`: its configuration is
-    used by some conversions."""
+    """Collects model tensors until the stored tensor that they are part of is complete."""
 
     def __init__(self, layout: FileLayout, model: nn.Module) -> None:
         self.layout, self._model = layout, model

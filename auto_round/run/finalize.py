@@ -50,8 +50,7 @@ from auto_round.run.writers import FileOutput, OutputContext
 
 
 def write_side_files(folder: Path, source: ModelSource, tokenizer: Any, trusted: bool) -> None:
-    """Copy tokenizer and other small files from the source folder, or save them from the objects. `trusted`:
-    trust_remote_code, so that Python files are copied."""
+    """Copy tokenizer and other small files, with Python files if `trusted`, or save them from the objects."""
     if source.folder is not None:
         copy_side_files(source.folder, folder, trusted)
     if tokenizer is not None and not (folder / "tokenizer_config.json").exists():
@@ -71,8 +70,7 @@ def write_config(folder: Path, source: ModelSource, job: Job, fmt: OutputFormat,
 
 
 def config_values(source: ModelSource, job: Job, fmt: OutputFormat, trusted: bool) -> dict[str, Any]:
-    """By file name: the source's config.json with the format's quantization_config, and the latter alone in each of the
-    format's `config_files`."""
+    """By file name: the source's config.json with the format's quantization_config, and the latter alone."""
     values = source_config(source.config, source.folder, trusted)
     values = with_both_rope_spellings(with_dtype(values, str(source.dtype).removeprefix("torch.")))
     if values.get("architectures") is None:
@@ -90,8 +88,7 @@ def recipe_of(settings: Settings, job: Job, formats: Sequence[str], shard: int |
     """The recipe of a run of these formats.
 
     What cannot be written is None, and `supply` says what it was: calibration data that is no dataset string or lies in
-    local files, and an importance file. The device is left to the machine, unless the CPU was asked for, and so is the
-    memory.
+    local files, and an importance file. Device and memory are left to the machine, unless the CPU was asked for.
     """
     config = settings.config
     dataset, missing = _portable_dataset(config.data.dataset if settings.needs_data else None)
@@ -145,7 +142,7 @@ def recipe_text(config: QuantConfig, settings: Settings) -> str:
 
 
 def write_recipe(folder: Path, settings: Settings, job: Job, shard: int | str) -> None:
-    """Write `recipe.yaml` beside the weights. Raises OutputError when it cannot be written."""
+    """Write `recipe.yaml` beside the weights."""
     write_text(folder / RECIPE_FILE, recipe_text(recipe_of(settings, job, job.formats, shard), settings))
 
 
@@ -153,10 +150,8 @@ _UNREACHED = "no calibration token reached it: rounded by its weights alone"
 
 
 def finalize(made: OutputContext, output: FileOutput, journal: Journal, stale: Iterable[str] = ()) -> None:
-    """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run.
-
-    Raises VerifyError when the files differ from the quantized model; they then remain in the staging folder.
-    """
+    """Complete one folder, verify it, and publish it in place of the `stale` files of an earlier run. Files that differ
+    from the quantized model, a VerifyError, remain in the staging folder."""
     stage, digests, verified = output.stage, output.writer.sha256, None
     finished, state = made.finished, made.finished.state
     try:
@@ -184,17 +179,14 @@ def finalize(made: OutputContext, output: FileOutput, journal: Journal, stale: I
 
 
 def stored_bits(plan: LayerPlan, fmt: OutputFormat) -> float:
-    """Bits per weight of a quantized layer in the format's files, scales and zero points included.
-
-    Format `fake` stores dense weights; the value is that of packed codes with float16 scales.
-    """
+    """Bits per weight of a quantized layer in the format's files, with its scales; for `fake` what codes would take."""
     scheme = plan.scheme
     if fmt.name == "fake":
         size = scheme.group_size if isinstance(scheme.group_size, int) and scheme.group_size > 0 else plan.in_features
         return float(scheme.bits + (16 + scheme.bits) / size)
     specs = fmt.tensor_specs(plan.name, scheme, plan.in_features, plan.out_features)
     stored = sum(math.prod(shape) * dtype.itemsize for shape, dtype in specs.values())
-    return stored * 8 / (plan.out_features * plan.in_features)
+    return stored * 8 / plan.weights
 
 
 def write_records(
@@ -211,7 +203,7 @@ def write_records(
     model, data = display_name(job.model), clean(data)
     sizes = {name: (folder / name).stat().st_size for name in files}
     bits = {name: stored_bits(plan, fmt) for name, plan in job.quantized().items()}
-    weights = {name: plan.out_features * plan.in_features for name, plan in job.quantized().items()}
+    weights = {name: plan.weights for name, plan in job.quantized().items()}
     average = sum(bits[name] * weights[name] for name in bits) / sum(weights.values()) if bits else None
     shown = {k: v for k, v in job.settings.items() if v is not None and k != "dataset"}
     if job.stored_as:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -38,10 +37,8 @@ _MAX_HASHED_BYTES = 64 << 20  # larger text files are compared by size and time
 
 
 def fingerprint(job: Job, settings: Settings, source: ModelSource, shard: int | str) -> dict[str, Any]:
-    """Everything that changes the result and is known before data is read, except the weights, as plain values.
-
-    Every setting is included unless it is in `_LEFT_OUT`, so that a new setting cannot be forgotten here.
-    """
+    """Everything that changes the result and is known before data is read, except the weights, as plain values. Every
+    setting is included unless it is in `_LEFT_OUT`, so that a new one cannot be forgotten here."""
     own = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in _LEFT_OUT}
     scheme = own.pop("scheme").to_dict()
     values = {**own, **vars(settings.algorithm), **scheme}
@@ -98,20 +95,18 @@ def tensors_checksum(tensors: Iterable[torch.Tensor | DiskTensor]) -> int:
     return crc
 
 
-def block_checksum(source: ModelSource, name: str) -> int:
-    """CRC-32 of the parameters and persistent buffers of a module; tensors that are not loaded are read one by one."""
+def weights_checksum(source: ModelSource, block: str | None) -> int:
+    """CRC-32 of the parameters and persistent buffers of a block, or of all tensors outside the blocks; tensors that
+    are not loaded are read one by one."""
+    if block is None:
+        blocks, tied = tuple(f"{block}." for block in source.blocks), source.tied()
+        names = [name for name in source.tensor_names() if not name.startswith(blocks) and name not in tied]
+        return tensors_checksum(source.read(name) for name in names)
     return tensors_checksum(
-        source.read(".".join(part for part in (name, inner, leaf) if part)) if tensor.is_meta else tensor
-        for inner, child in source.model.get_submodule(name).named_modules()
+        source.read(".".join(part for part in (block, inner, leaf) if part)) if tensor.is_meta else tensor
+        for inner, child in source.model.get_submodule(block).named_modules()
         for leaf, tensor in direct_tensors(child)
     )
-
-
-def non_block_checksum(source: ModelSource) -> int:
-    """CRC-32 of all tensors outside the blocks."""
-    blocks, tied = tuple(f"{block}." for block in source.blocks), source.tied()
-    names = [name for name in source.tensor_names() if not name.startswith(blocks) and name not in tied]
-    return tensors_checksum(source.read(name) for name in names)
 
 
 def differences(one: Any, other: Any, where: str = "") -> list[str]:
@@ -144,8 +139,12 @@ def as_json(values: Mapping[str, Any]) -> Any:
     return json.loads(json.dumps(dict(values), default=str))
 
 
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _file_digest(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else None
+    return _sha256(path)[:16] if path.is_file() else None
 
 
 def run_digests(
@@ -159,13 +158,8 @@ def run_digests(
     data = _data_identity(settings, tokenizer)
     if not weights or data is None:
         return None
-    return digest_parts(fingerprint(job, settings, source, shard), weights, data)
-
-
-def digest_parts(settings: Any, weights: Any, data: Any) -> Mapping[str, str]:
-    """SHA-256 of settings, weights and data as plain values, so that report.json reveals nothing of the machine."""
-    parts = {"settings": settings, "weights": weights, "data": data}
-    return {
+    parts = {"settings": fingerprint(job, settings, source, shard), "weights": weights, "data": data}
+    return {  # not the values: report.json reveals nothing of the machine
         name: hashlib.sha256(json.dumps(as_json({name: value})).encode()).hexdigest() for name, value in parts.items()
     }
 
@@ -200,7 +194,10 @@ def _data_identity(settings: Settings, tokenizer: Any) -> Any:
         for path in (Path(name).expanduser() for name in named):
             files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             stats = [(file, file.stat()) for file in files]
-            found.append([[file.name, stat.st_size, _content(file, stat)] for file, stat in stats])
+            found.append([
+                [file.name, stat.st_size, stat.st_mtime_ns if stat.st_size > _MAX_HASHED_BYTES else _sha256(file)]
+                for file, stat in stats
+            ])  # fmt: skip
         return found
     if isinstance(dataset, Iterator):
         return None
@@ -211,9 +208,3 @@ def _data_identity(settings: Settings, tokenizer: Any) -> Any:
         return samples_digest(data.samples)
     except AutoRoundError:
         return None
-
-
-def _content(file: Path, stat: os.stat_result) -> str | int:
-    """SHA-256 of a file, or the modification time of a large one."""
-    large = stat.st_size > _MAX_HASHED_BYTES
-    return stat.st_mtime_ns if large else hashlib.sha256(file.read_bytes()).hexdigest()

@@ -48,26 +48,19 @@ _TOLERANCE_HALF = 3e-2
 
 
 class FolderWriter(FileOutput):
-    """Packs layers in one format and writes them with the other tensors into a folder.
-
-    Attributes:
-        dense: `dense_digest` by stored tensor that is not part of a quantized layer.
-    """
+    """Packs layers in one format and writes them with the other tensors into a folder. `dense`: `dense_digest` by
+    stored tensor."""
 
     writer: ShardWriter
 
-    def __init__(
-        self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, max_shard_size: int | str
-    ) -> None:
-        super().__init__(job, fmt, stage, source)
-        self._max_shard_size = max_shard_size
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, shard: int | str) -> None:
+        super().__init__(job, fmt, stage, source, shard)
         self._unquantized: dict[str, str] = {}
         self._assembler = TensorAssembler(plan_files(fmt, job.layers, source), source.model)
         self._header = sum(header_entry_bytes(name, len(shape)) for name, (shape, _) in self.specs().items())
 
     @property
     def layout(self) -> FileLayout:
-        """The layout of the files."""
         return self._assembler.layout
 
     def specs(self) -> TensorSpecs:
@@ -113,7 +106,7 @@ class FolderWriter(FileOutput):
         return {**super().mark()[0], "missing": missing}, late | open_tensors
 
     def _start(self) -> None:
-        self.writer = ShardWriter(self.folder, self._max_shard_size, header=self._header)
+        self.writer = ShardWriter(self.folder, self.shard, header=self._header)
         self._assembler = TensorAssembler(self.layout, self.source.model)
 
     def _restore(self, records: Records, marks: Sequence[Mark]) -> None:
@@ -125,9 +118,7 @@ class FolderWriter(FileOutput):
 
     def _copy(self, keys: Iterable[str]) -> None:
         """Copy checkpoint tensors unchanged, each once."""
-        for key in keys:
-            if key in self.dense:
-                continue
+        for key in (key for key in keys if key not in self.dense):
             tensor = self.source.read_stored(key)
             if self.source.checks_finite:
                 check_finite(key, tensor)
@@ -158,9 +149,7 @@ class FolderWriter(FileOutput):
 def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> dict[str, Any]:
     """Reopen a saved folder, and compare it with what `output` was given. Returns plain values for the report.
 
-    Raises:
-        VerifyError: the folder cannot be opened; a tensor is missing, unplanned or of another shape or dtype; a layer's
-            codes or another tensor's bytes differ; or the model's loss differs.
+    Raises VerifyError when it cannot be opened, or its configuration, tensors, layers or the model's loss differ.
     """
     fmt, job, specs = output.format, made.job, output.specs()
     quantizes_inputs = any(plan.scheme.activations is not None for plan in job.quantized().values())
@@ -178,7 +167,12 @@ def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> di
             loss = _reopen(folder, output, made, wanted)
         else:
             for name, digest in output.expected.items():
-                if layer_digest(_unpack(files, output, name), False, torch.float32) != digest:
+                plan = output.job.layers[name]
+                shape = plan.in_features, plan.out_features
+                names = fmt.tensor_specs(name, plan.scheme, *shape)
+                tensors = read_model_tensors(files, names, output.layout)
+                layer = fmt.unpack_layer(name, plan.scheme, tensors, *shape)
+                if layer_digest(layer, False, torch.float32) != digest:
                     raise mismatch_error(folder, f"layer {name}")
     except (ModelError, ConfigError, NumericsError, UnsupportedError) as error:
         raise VerifyError(f"{folder} was written but does not open: {error}") from error
@@ -188,21 +182,11 @@ def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> di
     }  # fmt: skip
 
 
-def _unpack(files: TensorFiles, output: FolderWriter, name: str) -> QuantizedLayer:
-    """Read a layer from the files of a format that this package does not load."""
-    plan, fmt = output.job.layers[name], output.format
-    specs = fmt.tensor_specs(name, plan.scheme, plan.in_features, plan.out_features)
-    tensors = read_model_tensors(files, specs, output.layout)
-    return fmt.unpack_layer(name, plan.scheme, tensors, plan.in_features, plan.out_features)
-
-
 def _reopen(folder: Path, output: FolderWriter, made: OutputContext, wanted: float | None) -> float | None:
-    """Open the folder as Transformers does, and compare its layers. Returns the loss on the smoke sample, compared with
-    the `wanted` one; None when no forward pass is compared."""
-    quantized = (folder / "quantization_config.json").exists()
-    source = CheckpointSource(
-        folder, prepare=_swap_quantized if quantized else None, trust_remote_code=made.settings.trust_remote_code
-    )
+    """Open the folder as Transformers does, and compare its layers and its loss on the smoke sample with the `wanted`
+    one. Returns it, or None when no forward pass is compared."""
+    quantized, trusted = (folder / "quantization_config.json").exists(), made.settings.trust_remote_code
+    source = CheckpointSource(folder, prepare=convert_hf_model if quantized else None, trust_remote_code=trusted)
     source.checks_finite, source.bounded = made.source.checks_finite, made.source.bounded
     modules = {name: name for name in output.expected}
     if quantized:
@@ -223,19 +207,13 @@ def _reopen(folder: Path, output: FolderWriter, made: OutputContext, wanted: flo
     return loss
 
 
-def _swap_quantized(model: torch.nn.Module) -> None:
-    convert_hf_model(model, "cpu")
-
-
 @torch.no_grad()
 def _check_blocks(
     folder: Path, source: CheckpointSource, output: FolderWriter, made: OutputContext, modules: Mapping[str, str],
     runs: bool,
 ) -> float | None:  # fmt: skip
-    """Load block by block, compare each quantized layer, and with `runs` run the smoke sample.
-
-    `modules`: module name by the layer's name in the run.
-    """
+    """Load block by block, compare each quantized layer, and with `runs` run the smoke sample. `modules`: module name
+    by the layer's name in the run."""
     device, dtype, samples = made.settings.device, made.finished.state.dtype, made.finished.smoke_sample
     alone, stream = made.job.memory_plan.streams_experts, None
     if samples is not None and runs:

@@ -20,11 +20,10 @@ from auto_round.output.folders import (
     inspect_folder,
     subfolder_name,
 )
-from auto_round.run.gguf import gguf_format
 from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
-from auto_round.schemes import normalize_preset_name
+from auto_round.schemes import PRESET_SCHEMES, normalize_preset_name
 
 GGUF = "gguf:"
 _DEFAULT_SCHEME = "W4A16"
@@ -40,24 +39,19 @@ def default_format(settings: Settings) -> str:
 def split_runs(
     settings: Settings, formats: Sequence[OutputFormat], quiet: bool = False
 ) -> list[tuple[Settings, list[OutputFormat]]]:
-    """(settings, formats) of each run: all other formats together first, then one run for each GGUF format.
+    """(settings, formats) of each run: all formats that take any scheme first, then one run for each with its own.
 
-    A GGUF format replaces the scheme, with a warning unless `quiet`. With GGUF formats only, format `fake` belongs to
-    the first of them.
+    That (GGUF) replaces the scheme, with a warning unless `quiet`. With such formats only, format `fake` belongs to the
+    first of them.
     """
     runs: list[tuple[Settings, list[OutputFormat]]] = []
-    others: list[OutputFormat] = []
-    for fmt in formats:
-        gguf = gguf_format([fmt])
-        if gguf is None:
-            others.append(fmt)
-            continue
-        name = f"GGUF:{gguf.preset}"
-        if not quiet and settings.scheme_name not in (name, _DEFAULT_SCHEME):
+    others = [fmt for fmt in formats if not fmt.preset]
+    for fmt in (fmt for fmt in formats if fmt.preset):
+        if not quiet and settings.scheme_name not in (fmt.preset, _DEFAULT_SCHEME):
             message = "format %s has types of its own: scheme %s is not used for it"
             logger.warning(message, fmt.name, settings.scheme_name)
-        own = replace(settings, scheme=gguf.scheme, scheme_name=normalize_preset_name(name), mixed=None)
-        runs.append((own, [fmt]))
+        name = normalize_preset_name(fmt.preset)
+        runs.append((replace(settings, scheme=PRESET_SCHEMES[fmt.preset], scheme_name=name, mixed=None), [fmt]))
     if runs and [fmt.name for fmt in others] == ["fake"]:
         runs[0][1].append(others[0])
     elif others or not runs:
@@ -71,7 +65,7 @@ def format_folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
 
 
 def output_bytes(job: Job) -> int:
-    """Disk space of the output with the small files; files that it replaces are removed only at the end."""
+    """Disk space of the output with its small files."""
     return int(sum(job.bytes_on_disk.values()) * 1.02) + (1 << 20)
 
 
@@ -89,8 +83,8 @@ def missing_bytes(job: Job, root: Path) -> int:
 
 
 def journal_bytes(settings: Settings, width: int, itemsize: int) -> int:
-    """Largest size of a run's journal: the activations twice, since the new ones are written before the old ones are
-    removed; the rest is small. `width`, `itemsize`: of the hidden states, and bytes of one of their values."""
+    """Largest size of a run's journal: the hidden states twice, since new ones are written before old ones are removed.
+    `width`, `itemsize`: of the hidden states, and bytes of one of their values."""
     if not settings.needs_data:
         return 0
     algorithm = settings.algorithm
@@ -101,10 +95,7 @@ def journal_bytes(settings: Settings, width: int, itemsize: int) -> int:
 def check_folders(
     job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: Journal, siblings: Sequence[str]
 ) -> None:  # fmt: skip
-    """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal.
-
-    `siblings`: subfolders of other runs of the same command.
-    """
+    """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal."""
     needed, free = journal.missing_bytes(job.journal_bytes), free_bytes(journal.folder)
     shared = existing_parent(journal.folder).stat().st_dev == existing_parent(root).stat().st_dev
     beside = missing_bytes(job, root) if shared else 0

@@ -43,11 +43,6 @@ _REARRANGED = "its tensor is rearranged in the file: quantized when it is writte
 _TYPE_OF_DTYPE = {dtype: kind for kind, dtype in FLOAT_TYPES.items()}
 
 
-def gguf_format(formats: Sequence[OutputFormat]) -> GgufFormat | None:
-    """The GGUF format among the formats of a run, or None; a run has at most one."""
-    return next((fmt for fmt in formats if isinstance(fmt, GgufFormat)), None)
-
-
 def scheme_of_type(kind: str, default: QuantizationScheme) -> QuantizationScheme:
     """The scheme of a tensor of type `kind`; 16 bits for F32, F16 and BF16."""
     return ggml_scheme(kind) if kind in GGML_TYPES else default.with_overrides({"bits": 16, "act_bits": 16})
@@ -67,18 +62,12 @@ def _type_of_bits(layer: str, bits: int) -> str:
 
 
 class GgufRules(LayerRules):
-    """What a GGUF file decides: every layer, the head too, gets a type of ggml.
-
-    Attributes:
-        file: plan of the file. Its types are those of the file type's rules with the layer configuration's for
-            embeddings; after `settled` those of all layers.
-    """
+    """What a GGUF file decides: every layer, the head too, gets a type of ggml. `file`: its plan, after `settled` with
+    the types of all layers."""
 
     file: GgufPlan
 
     def __init__(self, settings: Settings, source: ModelSource, fmt: GgufFormat, tokenizer: Any) -> None:
-        """Raises UnsupportedError for a family, tensor or tokenizer that the conversion does not know, and ConfigError
-        for an embedding with bits that no type has."""
         super().__init__(settings, source)
         self.format, self.quant_lm_head = fmt, True
         tied = source.tied()
@@ -96,11 +85,8 @@ class GgufRules(LayerRules):
         self._embeddings = embedding_names(source) if patterns else ()
 
     def _embedding_types(self, layers: Sequence[str]) -> tuple[dict[str, str], set[str]]:
-        """The types that the layer configuration gives embeddings, by stored tensor, and the patterns that match them.
-
-        An entry gives `bits` or one of ggml's types. A pattern that also matches one of the linear `layers` does not
-        apply to embeddings.
-        """
+        """The types that the layer configuration gives embeddings, by stored tensor, and the patterns that match them:
+        those that match none of the linear `layers`."""
         wanted: dict[str, str] = {}
         used: set[str] = set()
         for pattern, entry in self.layer_config.items():
@@ -119,7 +105,6 @@ class GgufRules(LayerRules):
         return wanted, used
 
     def defaults(self, names: Sequence[str]) -> dict[str, QuantizationScheme]:
-        """The scheme of every layer by the file type's rules."""
         kinds = {name: self.file.type_of(weight_name(self.source, name)) or "F16" for name in names}
         return {name: scheme_of_type(kind, self.settings.scheme) for name, kind in kinds.items()}
 
@@ -127,7 +112,7 @@ class GgufRules(LayerRules):
         self, schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int]
     ) -> tuple[dict[str, QuantizationScheme], list[str]]:
         """Replace schemes that give only `bits` by the type of that width, and types whose blocks do not divide a
-        layer's rows by llama.cpp's fallback types. Raises ConfigError when no type has that many bits."""
+        layer's rows by llama.cpp's fallback types."""
         result, notes, own = dict(schemes), list(self.file.notes), self.defaults(list(schemes))
         for name, scheme in schemes.items():
             kind = codec_of(scheme).ggml_type
@@ -141,16 +126,12 @@ class GgufRules(LayerRules):
         return result, notes
 
     def unquantized_reason(self, name: str) -> str | None:
-        """Why the rows of a layer cannot be stored in the tuned layout, or None."""
         places = self.file.places[weight_name(self.source, name)]
         return _REARRANGED if any(place.edit is not None for place in places) else None
 
     def settled(self, layers: Mapping[str, LayerPlan]) -> tuple[dict[str, LayerPlan], list[str]]:
-        """The plans with the ggml type of each layer, which the plan of the file gets too.
-
-        The notes name embeddings that get the type of the head that shares their tensor. Raises ConfigError when two
-        parts of one tensor have different types.
-        """
+        """The plans with the ggml type of each layer, which the plan of the file gets too. The notes name embeddings
+        that get the type of the head that shares their tensor."""
         layers, asked = with_types(layers), self.file
         wanted: dict[str, str] = {}
         for name, layer in layers.items():
@@ -173,6 +154,14 @@ class GgufRules(LayerRules):
                     "type"
                 )
         return layers, notes
+
+    def embedding_types(self) -> dict[str, tuple[QuantizationScheme, str | None]]:
+        found: dict[str, tuple[QuantizationScheme, str | None]] = {}
+        for name in embedding_names(self.source):
+            if kind := self.file.type_of(f"{name}.weight"):
+                scheme = scheme_of_type(kind, self.settings.scheme)
+                found[name] = scheme, kind if scheme.quantizes_weights else None
+        return found
 
     def check_damaged(self, damaged: Mapping[str, str]) -> None:
         for name, bad in damaged.items():
@@ -198,10 +187,8 @@ def gguf_file_name(model: str, plan: GgufPlan) -> str:
 
 
 def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torch.Tensor]:
-    """Read an importance file (imatrix) of llama.cpp: float32 [in] by layer name, for the layers that it names.
-
-    Raises DataError when the file is damaged, of another model, or names none of the layers.
-    """
+    """Read an importance file (imatrix) of llama.cpp: float32 [in] by layer name, for the layers that it names. Raises
+    DataError when the file is damaged, or of another model."""
     plan, file = job.gguf, read_imatrix(path)
     assert plan is not None  # the planner refuses importance files without a GGUF format
     found: dict[str, torch.Tensor] = {}
@@ -217,8 +204,7 @@ def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torc
 
 def log_missing_importance(path: str, job: Job, found: Mapping[str, torch.Tensor]) -> None:
     """Log the number of the job's layers that an importance file does not name."""
-    missing = [name for name in job.quantized() if name not in found]
-    if missing:
+    if missing := [name for name in job.quantized() if name not in found]:
         message = "%s has no importance for %d layers, such as %s: all of their inputs get the same weight"
         logger.info(message, path, len(missing), missing[0])
 
@@ -241,21 +227,15 @@ def save_importance(
 
 
 class GgufFileWriter(FileOutput):
-    """Packs layers and writes them with the other tensors into one GGUF file, in any order.
-
-    Attributes:
-        dense: [source tensor, tensor, slot, first row, rows, digest] of every part that is not of a quantized layer, by
-            its place in the file.
-    """
+    """Packs layers and writes them with the other tensors into one GGUF file, in any order. `dense`: [source tensor,
+    tensor, slot, first row, rows, digest] of every part that is not of a quantized layer, by its place in the file."""
 
     writer: GgufFile
 
-    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, optimized: bool) -> None:
-        """`optimized`: search the scales of embeddings."""
-        super().__init__(job, fmt, stage, source)
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, shard: int | str = 0) -> None:
+        super().__init__(job, fmt, stage, source, shard)
         assert job.gguf is not None
         self.plan, self.path = job.gguf, stage.path / gguf_file_name(job.model, job.gguf)
-        self._optimized = optimized
         self._transposed = {f"{name}.weight" for name, plan in job.layers.items() if plan.transposed}
         self._written: set[str] = set()
 
@@ -295,9 +275,6 @@ class GgufFileWriter(FileOutput):
                     check_finite(name, tensor)
                 self._add(name, tensor)
 
-    def spare(self) -> None:
-        """Write nothing: a GGUF file holds only tensors that its architecture reads."""
-
     def leave_unquantized(self, names: Sequence[str], reason: str) -> None:
         raise NumericsError(
             f"{reason}; on_nan=keep: the header of a GGUF file fixes the type of every tensor, so layers such as "
@@ -326,7 +303,8 @@ class GgufFileWriter(FileOutput):
         if kind in GGML_TYPES:
             rows = tensor.reshape(-1, tensor.shape[-1])
             # Embeddings are looked up, not multiplied: a full search would take most of a small model's time.
-            packed = pack_blocks(search_blocks(rows, kind, quick=True) if self._optimized else plain_blocks(rows, kind))
+            searches = self.job.used.optimized_start
+            packed = pack_blocks(search_blocks(rows, kind, quick=True) if searches else plain_blocks(rows, kind))
             data = packed.view(*tensor.shape[:-1], packed.shape[-1])
         else:
             data = tensor.to(FLOAT_TYPES[kind]).contiguous()

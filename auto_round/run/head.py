@@ -37,8 +37,8 @@ _SMOKE_TOKENS = 64
 
 @dataclass
 class HeadInputs:
-    """Inputs z of the head: the sum of z z^T over the tuning tokens in the quantized model, float32 [in, in], and the
-    held-out tokens in the quantized and the full-precision model, float32 [tokens, in]."""
+    """Inputs z of the head, float32: the sum of z z^T over the tuning tokens in the quantized model [in, in], and
+    held-out tokens in the quantized and the full-precision model [tokens, in]."""
 
     hessian: torch.Tensor
     quantized: torch.Tensor
@@ -78,11 +78,8 @@ def head_inputs(state: RunState, name: str) -> HeadInputs:
 def quantize_head(
     task: LayerTask, inputs: HeadInputs, scale_dtype: torch.dtype, optimized: bool, gptq: GPTQConfig | None = None
 ) -> tuple[QuantizedLayer, float, float]:
-    """Quantize the head in several ways and return the best on held-out tokens.
-
-    They are compared by KL divergence, since squared error does not tell how the predictions change. Returns (layer, KL
-    divergence of round-to-nearest, KL divergence of that layer), in nats.
-    """
+    """Quantize the head in several ways and choose the least KL divergence on held-out tokens: (layer, divergence of
+    round-to-nearest, divergence of that layer), in nats."""
     task.importance, searches = inputs.hessian.diagonal().contiguous(), task.codec.head_searches
 
     def others() -> Iterator[QuantizedLayer]:  # one at a time, since they are large
@@ -130,8 +127,7 @@ def _logits(task: LayerTask, layer: QuantizedLayer | None, inputs: torch.Tensor)
 
 
 def finish_non_block(state: RunState) -> float | None:
-    """Quantize the layers outside the blocks, and write all tensors outside the blocks, unless an interrupted run has
-    done that. Returns the loss on the smoke sample."""
+    """Quantize and write what is outside the blocks, if an interrupted run has not. Returns the smoke loss."""
     blocks = len(state.job.blocks)
     if state.journal.finished > blocks:
         loss = state.restore_unit(blocks).loss
@@ -150,13 +146,8 @@ def finish_non_block(state: RunState) -> float | None:
 
 
 def _quantize_layer(name: str, plan: LayerPlan, state: RunState, unit: Unit) -> Sequence[QuantizedLayer]:
-    """Quantize a layer outside the blocks on the inputs that it gets from the quantized blocks.
-
-    A run that tunes also tunes the head, which `unit` records; other layers get searched scales, or are rounded to
-    nearest without calibration data. Nothing is returned for a layer that `state.numerics` leaves unquantized.
-
-    Raises NumericsError for NaN or Inf in a weight, or in inputs when the policy is to fail.
-    """
+    """Quantize a layer outside the blocks on the inputs that it gets from the quantized blocks; () if `state.numerics`
+    leaves it unquantized. A run that tunes also tunes the head, which `unit` records."""
     source, settings, started = state.source, state.settings, time.monotonic()
     scale_dtype, gptq = settings.scale_dtype, settings.gptq
     optimized, steps = settings.needs_data and settings.optimized_start, getattr(settings.algorithm, "iters", 0)
@@ -213,12 +204,8 @@ def _observe_inputs(
 
 @torch.no_grad()
 def smoke_loss(state: RunState, layers: Sequence[QuantizedLayer]) -> float | None:
-    """Mean next-token loss, in nats, of the quantized model on the smoke sample. `layers`: outside the blocks.
-
-    None without a smoke sample, or when the loss is NaN and the policy is not to fail.
-
-    Raises NumericsError when it is NaN and the policy is to fail.
-    """
+    """Mean next-token loss, in nats, of the quantized model on the smoke sample; None without one, or when it is NaN
+    and the policy is not to fail. `layers`: outside the blocks."""
     if state.smoke is None:
         return None
     source, captured, hidden = state.source, state.smoke.captured, state.smoke.hidden.to(state.device)
@@ -252,7 +239,7 @@ def mean_loss(logits: torch.Tensor, ids: torch.Tensor) -> float:
 
 def smoke_samples(tokenizer: Any, vocab_size: int, max_length: int | None) -> list[dict[str, torch.Tensor]]:
     """One sample of at most 64 tokens that is run before and after saving: packaged text that is no calibration data,
-    or a sequence of ids without a tokenizer. `max_length`: positions the model has, None without a limit."""
+    or without a tokenizer some ids."""
     length = min(_SMOKE_TOKENS, max_length or _SMOKE_TOKENS)
     ids: list[int] = []
     if tokenizer is not None:

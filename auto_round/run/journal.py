@@ -35,7 +35,7 @@ from auto_round.modeling.source import ModelSource
 from auto_round.output.folders import PARTIAL
 from auto_round.output.staging import Staging, all_files_present
 from auto_round.output.writer import damaged_error
-from auto_round.run.fingerprint import as_json, block_checksum, differences, file_differences, non_block_checksum
+from auto_round.run.fingerprint import as_json, differences, file_differences, weights_checksum
 from auto_round.run.journal_files import (
     Tensors,
     Unit,
@@ -67,7 +67,6 @@ class Journal:
     """Resume state of one run: whether it can be resumed, which units are done, and how to record another.
 
     Attributes:
-        run: identity of the recorded run, plain values.
         units: {"name", "file", "mark", "weights"} of finished units in order, with a checksum of the original weights.
         finished: number of units that were finished when this run began; `restored` has their results.
         streams: file name and mark of each stream after the last unit, by kind.
@@ -96,7 +95,6 @@ class Journal:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it records no finished work."""
         return not self.units and not self.done
 
     # The files of the journal.
@@ -122,11 +120,10 @@ class Journal:
             check_file(self.folder / name, mark)
 
     def nbytes(self) -> int:
-        """Bytes of all files."""
         return sum(mark[0] for _, mark in self._files())
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Start a new journal. Raises OutputError when the work space cannot be written."""
+        """Start a new journal."""
         self.remove()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +173,7 @@ class Journal:
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove the journal and its empty parent folders. Raises OutputError when it cannot be removed."""
+        """Remove the journal and its empty parent folders."""
         try:
             with suppress(FileNotFoundError, NotADirectoryError):
                 (self.folder / _MANIFEST).unlink()
@@ -212,10 +209,7 @@ class Journal:
         self, fixed: Mapping[str, Any], files: Mapping[str, list[Any]], layout: Mapping[str, Any] | None = None
     ) -> None:
         """Load the journal and compare it with this run (its `fingerprint`, its `weight_files`, and what else decides
-        how the output files are laid out), without writing anything.
-
-        Raises ConfigError when the interrupted run differs, and OutputError when its journal is damaged.
-        """
+        how the output files are laid out), without writing anything. Raises ConfigError when they differ."""
         layout = {**(layout or {}), "version of the journal": VERSION}
         now = self._now = as_json({"settings": fixed, "weights": files, "layout": layout})
         with self._starting_over():
@@ -231,10 +225,7 @@ class Journal:
         outputs, or continue them after the last finished unit.
 
         `late`: returns digests of what is known only after the data is read. Weights are compared only if a weight file
-        is not the same file any more.
-
-        Raises ConfigError when the data or the weights differ, and OutputError when the journal cannot be written or
-        the unfinished files are damaged.
+        is not the same file any more. Raises ConfigError when they differ.
         """
         self._now["late"] = as_json(late())
         self._outputs = outputs
@@ -286,7 +277,7 @@ class Journal:
 
     def checksum(self, source: ModelSource, block: str | None = None) -> int:
         """Checksum of the weights of a block, or of those outside the blocks."""
-        return non_block_checksum(source) if block is None else block_checksum(source, block)
+        return weights_checksum(source, block)
 
     def submit_streams(self, streams: Tensors) -> None:
         """Start writing streams after the current unit, unless they were submitted already. Their values must not
@@ -302,10 +293,7 @@ class Journal:
 
     def add(self, name: str, unit: Unit, weights: int) -> None:
         """Record a finished unit that was given to the outputs, with the streams submitted for it, in the background.
-        It is valid when all of its files, and its part of the output files, are on disk.
-
-        `weights`: checksum of its original weights. Raises OutputError when something could not be written.
-        """
+        It is valid when all of its files, and its part of the output files, are on disk."""
         unit.marks = {output.format.name: output.mark() for output in self._outputs}
         state = unit.state()
 
@@ -333,8 +321,7 @@ class Journal:
         return self._last
 
     def wait_until_written(self, *kinds: str) -> None:
-        """Wait until the journal has written these streams; without any, everything. Raises OutputError when something
-        could not be written."""
+        """Wait until the journal has written these streams; without any, everything."""
         tasks = [self._tasks.pop(kind) for kind in kinds if kind in self._tasks]
         if not kinds and self._last is not None:
             tasks = [self._last]
@@ -352,7 +339,7 @@ class Journal:
         self, outputs: Sequence[FileOutput], blocks: int, blocks_done: Callable[[], int | None]
     ) -> Iterator[None]:
         """When a run fails, write pending entries, keep unfinished outputs if it can be resumed, and tell the user;
-        Ctrl-C becomes `Stopped`. `blocks`: of the model, `blocks_done`: None before the first is begun."""
+        Ctrl-C becomes `Stopped`. `blocks_done`: returns None before the first is begun."""
         try:
             yield
         except BaseException as error:
@@ -378,8 +365,7 @@ class Journal:
         self.commit(self.units, self.streams, {**self.done, fmt: dict(files)})
 
     def publish_if_complete(self, fmt: str, stage: Staging, stale: Iterable[str] = ()) -> bool:
-        """Publish a folder that was complete and checked before the run was interrupted, in place of the `stale` files
-        of an earlier run. Returns whether it was."""
+        """Publish a folder that was complete before the run was interrupted; returns whether it was."""
         files = self.done.get(fmt)
         if files is None or not all_files_present(stage.folder, files):
             return False
@@ -404,10 +390,8 @@ class Journal:
 
 
 class NoJournal(Journal):
-    """The journal of a run that cannot be resumed: it records nothing, and removes one of an earlier run.
-
-    `output`: None for a run that leaves journals alone.
-    """
+    """The journal of a run that cannot be resumed: it records nothing, and removes one of an earlier run, unless
+    `output` is None."""
 
     def __init__(self, output: Path | None = None) -> None:
         super().__init__(output or Path())
@@ -433,17 +417,10 @@ class NoJournal(Journal):
     def checksum(self, source: ModelSource, block: str | None = None) -> int:
         return 0
 
-    def submit_streams(self, streams: Tensors) -> None:
+    def _nothing(self, *given: Any, **named: Any) -> None:
         pass
 
-    def add(self, name: str, unit: Unit, weights: int) -> None:
-        pass
-
-    def complete(self, fmt: str, files: Mapping[str, str]) -> None:
-        pass
-
-    def finish(self, keep_record: bool) -> None:
-        pass
+    submit_streams = add = complete = finish = _nothing
 
 
 def interrupted_settings(output: Path) -> dict[str, Any]:

@@ -27,10 +27,7 @@ _VALUES = "values"
 
 
 def write_tensors(path: Path, tensors: Tensors, values: Any = None) -> list[int]:
-    """Write a safetensors file atomically, with plain `values` as JSON in one more tensor. Returns its size and CRC-32.
-
-    Raises OutputError when the disk is full or cannot be written.
-    """
+    """Write a safetensors file atomically, with plain `values` as JSON in one more tensor. Returns size and CRC-32."""
     text = torch.frombuffer(bytearray(json.dumps(values).encode()), dtype=torch.uint8)
     tensors = {**tensors, _VALUES: text}
     # Decreasing item sizes keep every tensor aligned to its dtype without gaps.
@@ -63,10 +60,7 @@ def _parts(tensor: torch.Tensor | DiskTensor) -> Iterable[torch.Tensor]:
 
 
 def open_tensors(path: Path, mark: list[int]) -> TensorFiles:
-    """The tensors of a file with the size and CRC-32 `mark` that `write_tensors` returned.
-
-    Raises OutputError when it does not match them.
-    """
+    """The tensors of a file, if it matches the size and CRC-32 `mark` that `write_tensors` returned."""
     check_file(path, mark)
     return TensorFiles(path.parent, read_header(path))
 
@@ -137,15 +131,11 @@ class Unit:
 
     Attributes:
         marks: by format, what its output has written for this unit: plain values, and tensors.
-        records: for the report.
-        scales: static scales of attention, by tensor name.
-        sums, tokens: sums of squares of the inputs by layer, and over how many tokens; empty unless an importance file
-            is saved.
-        unreached: layers that no calibration token reached.
+        scales: static scales of attention by tensor name, scalars or [heads].
+        sums, tokens: for an importance file, sums of squares of the inputs by layer, and over how many tokens.
+        unreached: quantized layers that no calibration token reached (experts).
         nearest: layers that got the nearest codes instead of error feedback, with the reasons.
-        numerics: `NumericsPolicy.state` after the unit.
-        edits: edits of the transforms, by tensor name.
-        loss: on the smoke sample, after the last unit.
+        edits: of the transforms, by tensor name.
     """
 
     marks: Mapping[str, tuple[dict[str, Any], Mapping[str, torch.Tensor]]] = field(default_factory=dict)

@@ -56,10 +56,7 @@ _OPPOSITES = {
 
 
 def resolve_settings(keywords: Mapping[str, Any], alg_configs: Any = None) -> Settings:
-    """The settings of a run from the keywords of `AutoRound`.
-
-    Raises what `AutoRound` raises before it looks for the model.
-    """
+    """The settings of a run from the keywords of `AutoRound`, with all errors that need no model."""
     options = checked_options(keywords)
     chosen = given_algorithm(alg_configs, options)
     if options["model_free"]:
@@ -158,10 +155,8 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 
 
 def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All keywords of `AutoRound` with their defaults, those of `QuantConfig`.
-
-    Raises ConfigError or UnsupportedError for options that are unknown, contradict each other, or come later.
-    """
+    """All keywords of `AutoRound`, with the defaults of `QuantConfig`. Raises ConfigError or UnsupportedError for
+    options that are unknown, contradict each other, or come later."""
     defaults = {**_DEFAULTS, "enable_opt_rtn": None}
     known = (*defaults, *ALIASES, *_OPPOSITES)
     for name, value in kwargs.items():
@@ -194,11 +189,8 @@ def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfig | GPTQConfig | str | None:
-    """The configuration or name given as `alg_configs` or `algorithm`, or None.
-
-    The scheme fields of a configuration are moved to `options`, and one with `iters=0` becomes an `RTNConfig`.
-    Raises ConfigError or UnsupportedError when there is no such algorithm, or its fields contradict `options`.
-    """
+    """The configuration or name given as `alg_configs` or `algorithm`, or None. The scheme fields of a configuration
+    are moved to `options`, and one with `iters=0` becomes an `RTNConfig`."""
     if options["algorithm"] is not None:
         if alg_configs is not None:
             raise ConfigError("algorithm and alg_configs mean the same and cannot be used together; give one")
@@ -239,10 +231,8 @@ def given_algorithm(alg_configs: Any, options: dict[str, Any]) -> AlgorithmConfi
 
 
 def check_rtn_only(given: AlgorithmConfig | GPTQConfig | str | None, options: dict[str, Any]) -> None:
-    """In `options`, switch tuning and the search for scales off for a model-free run. `given`: see `given_algorithm`.
-
-    Raises ConfigError when they were asked for too; where model-free mode was only offered ("auto"), it is left.
-    """
+    """Switch tuning and the search for scales off in `options` for a model-free run. When they were asked for too, that
+    is a ConfigError, or ends model-free mode if it was only offered ("auto"). `given`: see `given_algorithm`."""
     if options["model_free"] not in (True, "auto"):
         raise ConfigError(f"model_free={options['model_free']!r} is not allowed; use True or False")
     given = options["algorithm"] if given is None else given  # transforms alone are no algorithm
@@ -268,10 +258,7 @@ def choose_algorithm(
     given: AlgorithmConfig | GPTQConfig | str | None, options: Mapping[str, Any]
 ) -> tuple[AlgorithmConfig, bool]:
     """The algorithm's configuration, and whether scales are searched. `given`: see `given_algorithm`; with GPTQ the
-    configuration of the tuning that starts from it, or of rounding without tuning.
-
-    Raises ConfigError for settings that contradict each other.
-    """
+    configuration of the tuning that starts from it, or of rounding without tuning."""
     optimized = not options["disable_opt_rtn"]
     if isinstance(given, RegisteredConfig):
         for name in ("iters", "disable_opt_rtn"):
@@ -311,7 +298,7 @@ def _check_not_twice(config: AlgorithmConfig, options: Mapping[str, Any]) -> Non
 
 
 def resolve_scheme(scheme: Any, options: Mapping[str, Any]) -> QuantizationScheme:
-    """The scheme with its fields overridden by `options`. Raises ConfigError for an invalid value."""
+    """The scheme with its fields overridden by `options`."""
     base = parse_scheme(scheme)
     overrides = {key: options[key] for key in SCHEME_KEYS if options[key] is not None}
     changed = base.with_overrides(overrides)

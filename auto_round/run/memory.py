@@ -41,8 +41,7 @@ class BudgetError(ConfigError):
 
 
 class BlockBytes(NamedTuple):
-    """Bytes of one block when loaded, and its peaks, without hidden states, while it is run in full precision,
-    quantized, and run again."""
+    """Bytes of a block when loaded, and its peaks while it is run in full precision, quantized, and run again."""
 
     read: int = 0
     full: int = 0
@@ -51,8 +50,7 @@ class BlockBytes(NamedTuple):
 
 
 class TuningBytes(NamedTuple):
-    """Bytes of the learnable parameters of a block: while it is tuned, additionally during an optimizer step of one
-    group, and when the codes are computed."""
+    """Bytes of learnable parameters: while a block is tuned, more during an optimizer step, and for the codes."""
 
     held: int
     step: int
@@ -60,13 +58,7 @@ class TuningBytes(NamedTuple):
 
 
 class MemoryModel:
-    """Memory of a run, from its settings and the shapes of a model.
-
-    Args:
-        layers: the plan of every layer, by name.
-        compute: dtype of the matrix products.
-        layers_kept_in_memory: the quantized layers are not written to files.
-    """
+    """Memory of a run, from its settings and the shapes of a model. `compute`: dtype of the matrix products."""
 
     def __init__(
         self, settings: Settings, source: ModelSource, layers: Mapping[str, LayerPlan], compute: torch.dtype,
@@ -85,14 +77,12 @@ class MemoryModel:
 
     def choose_storage(self, tolerance: float = 1.0) -> MemoryPlan:
         """The fastest storage of hidden states within the budget: on the device, in RAM, in a file; without tuning then
-        the same with the experts of a block read one at a time. `tolerance`: by how much the budget may be exceeded.
-
-        Raises BudgetError when none fits; the message gives the limit, the need, and options that lower it.
-        """
+        the same with the experts of a block read one at a time. `tolerance`: factor by which the budget may be
+        exceeded. Raises BudgetError when none fits."""
         settings, budget = self.settings, self.settings.max_memory
         on_device = self._device.type != "cpu" and not settings.low_gpu_mem_usage
         storages = [*(["device"] if on_device else []), "ram", *(["file"] if self._streams else [])]
-        streamable = self.source.lazy and any(map(expert_of, self.layers)) and not settings.tunes
+        streamable = not settings.tunes and self.source.streams_experts_of(self.layers)
         options = [(storage, alone) for alone in ((False, True) if streamable else (False,)) for storage in storages]
         if budget is None:
             return self.plan(*options[0])
@@ -130,8 +120,7 @@ class MemoryModel:
         return BudgetError(text, ram if self._device.type == "cpu" else f"cpu={ram},{self._device.index or 0}={vram}")
 
     def plan(self, streams: str, streams_experts: bool = False) -> MemoryPlan:
-        """Estimate peaks with the hidden states in "ram", on the "device" or in a "file", and the experts of a block
-        all in memory or one at a time."""
+        """Estimate peaks with the hidden states in "ram", on the "device" or in a "file"."""
         settings = self.settings
         held = self._streams * settings.nsamples * settings.seqlen * self._width * self.compute.itemsize
         sizes = [self._block(block, streams_experts) for block in self.source.blocks] or [BlockBytes()]
@@ -213,7 +202,6 @@ class MemoryModel:
         return hessian_bytes([plan.in_features for plan in _quantized(plans) if plan.codec.uses_feedback(asked)])
 
     def tuning(self, chosen: Sequence[LayerPlan]) -> TuningBytes:
-        """Memory of the learnable parameters of these layers of a block."""
         algorithm, compute, model = self.settings.algorithm, self.compute, self.source.dtype
         assert isinstance(algorithm, SignRoundConfig)
         groups: dict[object, list[LayerPlan]] = defaultdict(list)
@@ -259,7 +247,7 @@ class MemoryModel:
         return total, widest
 
     def _attention(self) -> int:
-        """Attention scores of one sample; fused kernels do not store them."""
+        """Scores of one sample; fused kernels do not store them."""
         if read_value(self._config, "_attn_implementation") != "eager":
             return 0
         return largest(self._config, "num_attention_heads", default=1) * self._tokens**2 * self.compute.itemsize
@@ -270,8 +258,8 @@ class MemoryModel:
         return int(values * self.compute.itemsize) + 3 * samples * self._attention()
 
     def _backward(self, plans: Sequence[LayerPlan]) -> int:
-        """One pass with gradients: inputs and outputs of the layers, sixteen tensors of norms, residuals, rotations and
-        repeated heads, and four gradients in flight of the widest layer."""
+        """One pass with gradients: inputs and outputs of the layers, sixteen other tensors, and four gradients in
+        flight of the widest layer."""
         samples = micro_batch_size(self._batch, self._tokens, len(_quantized(plans)), self._device)
         total, widest = self._features(plans)
         values = samples * self._tokens * (total + 16 * self._width + 4 * widest)

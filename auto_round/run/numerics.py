@@ -39,16 +39,11 @@ _STATE = ("unquantized", "rounded", "clamped", "incidents", "lost", "diverged")
 
 @dataclass
 class NumericsPolicy:
-    """The policy for NaN and Inf, and what it did in this run.
+    """The policy for NaN and Inf, `settings.on_nan`, and what it did in this run.
 
     Attributes:
-        settings: their `on_nan` is the policy.
-        model_dtype: dtype of the model.
-        outputs: writers to which layers that stay unquantized are reported.
-        unquantized: layers left in full precision, with the reason.
-        rounded: layers rounded to nearest without calibration data, with the reason.
+        unquantized, rounded: layers left in full precision, or rounded without calibration data, with the reason.
         clamped: number of scales that were clamped to the range of their dtype, by layer.
-        incidents: messages of what was seen, in order.
         lost: the first block after which calibration data is not finite.
         diverged: the output of the quantized blocks is not finite; tuning continues on full-precision inputs.
     """
@@ -89,8 +84,7 @@ class NumericsPolicy:
 
     def count(self, task: LayerTask, layer: QuantizedLayer) -> None:
         """Record how many scales of a layer were clamped."""
-        clamped = layer.codes.clamped_scales(task.weight)
-        if clamped:
+        if clamped := layer.codes.clamped_scales(task.weight):
             self.clamped[task.name] = clamped
 
     def log_clamped_scales(self) -> None:
@@ -105,10 +99,7 @@ class NumericsPolicy:
             )  # fmt: skip
 
     def fall_back(self, block: str, tasks: Sequence[LayerTask], error: NumericsError) -> BlockResult:
-        """Round a block without calibration data, or leave it unquantized, according to the policy.
-
-        Raises NumericsError, `error`, when the policy is to fail or no fallback is possible.
-        """
+        """Round a block without calibration data, or leave it unquantized; raise `error` if neither is allowed."""
         settings, policy = self.settings, self.settings.on_nan
         if policy == "fail":
             raise error
@@ -124,10 +115,7 @@ class NumericsPolicy:
         return self.without_data(block, tasks, str(error))
 
     def without_data(self, block: str, tasks: Sequence[LayerTask], reason: str) -> BlockResult:
-        """Round a block to nearest without calibration data.
-
-        Raises NumericsError when a static input scale needs it, and the policy is not "keep".
-        """
+        """Round a block to nearest. Raises NumericsError when a static input scale needs data, unless on_nan=keep."""
         fixed = next((task.name for task in tasks if task.scheme.calibrated), None)
         if fixed is not None:
             missing = f"the scales of the inputs of {fixed} come from calibration data, and there is no finite one"
@@ -145,16 +133,14 @@ class NumericsPolicy:
         return BlockResult([quantize_layer(task, False, self.settings.scale_dtype) for task in tasks])
 
     def diverges(self, block: str, sample: int | None) -> bool:
-        """Whether the output of the blocks quantized up to `block` is not finite any more, on `sample`.
-
-        Raises NumericsError when the policy is to fail.
-        """
+        """Whether the blocks quantized up to `block` give NaN or Inf, on `sample`; an error with on_nan=fail."""
         if sample is None:
             return False
         incident = f"the blocks quantized up to {block} give NaN or Inf on calibration sample {sample}"
         if self.settings.on_nan == "fail":
-            advice = "use --disable_amp, more bits, or on_nan=rtn"
-            raise NumericsError(f"{incident}, though not in full precision; {advice}")
+            raise NumericsError(
+                f"{incident}, though not in full precision; use --disable_amp, more bits, or on_nan=rtn"
+            )
         self.log_incident(f"{incident}: the blocks after it are tuned on full-precision inputs")
         self.diverged = True
         return True

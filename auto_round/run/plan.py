@@ -36,12 +36,8 @@ _SHOWN = 40  # layers that differ from the default scheme
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Static scales of the key-value cache.
-
-    Attributes:
-        scheme: which scales; None for none.
-        heads: (query heads, key-value heads) of each attention module that gets them, by its full name.
-    """
+    """Static scales of the key-value cache: their scheme, and (query heads, key-value heads) of each attention module
+    that gets them."""
 
     scheme: CacheScheme | None = None
     heads: Mapping[str, tuple[int, int]] = field(default_factory=dict)
@@ -87,10 +83,7 @@ class CachePlan:
         }
 
     def scales(self, block: str, seen: KVCacheObserver) -> dict[str, torch.Tensor]:
-        """The scales of one block: largest value / 448, float32, a scalar or [heads]. A head of zeros gets 1.
-
-        Raises what `KVCacheObserver.of` raises.
-        """
+        """The scales of one block: largest value / 448, float32, a scalar or [heads]. A head of zeros gets 1."""
         made: dict[str, torch.Tensor] = {}
         for name in (n for n in self.heads if n.startswith(f"{block}.")):
             assert self.scheme is not None
@@ -108,13 +101,8 @@ class CachePlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One linear layer and its scheme.
-
-    Attributes:
-        transposed: the weight is stored as [in, out] (Conv1D).
-        reason: why the layer is left unquantized; its scheme then has 16 bits.
-        ggml: its type in a GGUF file.
-    """
+    """One linear layer and its scheme. `transposed`: the weight is stored as [in, out] (Conv1D). `reason`: why it is
+    left unquantized, with 16 bits. `ggml`: its type in a GGUF file."""
 
     name: str
     scheme: QuantizationScheme
@@ -136,7 +124,6 @@ class LayerPlan:
 
     @property
     def weights(self) -> int:
-        """Number of weights."""
         return self.out_features * self.in_features
 
     @cached_property
@@ -152,16 +139,9 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Estimated memory of a run, in bytes.
-
-    Attributes:
-        ram: peak resident memory, libraries included.
-        vram: peak memory of tensors on the device.
-        spilled: activations in files.
-        phases: peak RAM by phase.
-        streams: storage of the hidden states: "ram", "device" or "file".
-        streams_experts: whether the experts of a block are read one at a time.
-    """
+    """Estimated memory of a run, in bytes: peak of the process, of tensors on the device, activations in files, and RAM
+    by phase; where the hidden states are ("ram", "device", "file"), and whether the experts of a block are read one at
+    a time."""
 
     ram: int = 0
     vram: int = 0
@@ -180,21 +160,12 @@ class Job:
     """The resolved plan of a run: schemes of all layers, sizes and memory, before any work is done.
 
     Attributes:
-        used: the settings of the run: those that were asked for, unless `fallback` says otherwise.
-        fallback: what else than asked for is done, and why; "" for nothing.
-        layers: every linear layer of the model, by name.
-        steps: tuning steps over all blocks.
+        used, fallback: the settings of the run, and what else than asked for is done, and why; "" for nothing.
         bytes_on_disk: bytes of the weights, by format.
-        other_matrices: names of modules outside `layers` with a matrix as weight, without embeddings.
-        stored_as: description of the source's quantization; "" for an unquantized source.
-        resumable: an interrupted run can be continued.
-        journal_bytes: largest size of the journal in the work space; 0 without one.
         stored_names: checkpoint name by module name, if they differ; `stored_blocks`: those of the blocks.
         spare: checkpoint tensors that no module reads, with the reason; they are copied.
-        skipped: by tensor name, weights of two or more dimensions in the blocks that are in no linear layer, with the
-            reason why they are left unquantized.
+        skipped: weights of two or more dimensions in the blocks that are in no linear layer, with the reason.
         damaged: layers left unquantized because of NaN or Inf in the model, with the reason.
-        patterns: regular expressions of the layer configuration, in order.
         file_identity: what else an interrupted run must have in common with this one to continue its files.
         tensors_at_a_time: of a model-free run, how many and how large, in words.
     """
@@ -221,6 +192,7 @@ class Job:
     stored_as: str = ""
     cache: CachePlan = CachePlan()
     gguf: GgufPlan | None = None
+    embedding_types: Mapping[str, tuple[QuantizationScheme, str | None]] = field(default_factory=dict)
     resumable: bool = False
     journal_bytes: int = 0
     memory_plan: MemoryPlan = MemoryPlan()
@@ -243,8 +215,7 @@ class Job:
         )
 
     def export_plan(self, fmt: OutputFormat) -> ExportPlan:
-        """The plan for a format, with the names of its files: the checkpoint's, or the modules' for formats with their
-        own naming rules."""
+        """The plan for a format, with the names of its files."""
         own = fmt.checkpoint_names
         stored = lambda name: self.stored_names.get(name, name) if own else name
         # A reader could take these for quantized, though no module of this model has their tensors.
@@ -331,13 +302,8 @@ class Job:
 
 
 class LayerRules:
-    """What the files of a run decide about its layers: without a GGUF file (`GgufRules`) nothing.
-
-    Attributes:
-        file: plan of the GGUF file.
-        layer_config: the entries of the layer configuration that apply to linear layers.
-        quant_lm_head: whether layers outside the blocks get the default scheme too.
-    """
+    """What the files of a run decide about its layers: without a GGUF file (`GgufRules`) nothing. `layer_config`: the
+    entries that apply to linear layers."""
 
     file: GgufPlan | None = None
 
@@ -346,8 +312,7 @@ class LayerRules:
         self.layer_config, self.quant_lm_head = settings.layer_config, settings.quant_lm_head
 
     def defaults(self, names: Sequence[str]) -> dict[str, QuantizationScheme]:
-        """Default schemes of layers that replace the settings': in a preset with several widths, of all layers but
-        routed experts."""
+        """Schemes instead of the settings': in a preset with several widths, of all layers but routed experts."""
         mixed = self.settings.mixed
         if mixed is None:
             return {}
@@ -375,6 +340,10 @@ class LayerRules:
     def settled(self, layers: Mapping[str, LayerPlan]) -> tuple[dict[str, LayerPlan], list[str]]:
         """The plans with the type that each layer has in the files, and notes for the user."""
         return (dict(layers) if self.settings.scheme.super_bits is None else with_types(layers)), []
+
+    def embedding_types(self) -> dict[str, tuple[QuantizationScheme, str | None]]:
+        """Scheme and ggml type of each embedding, if the files have types for them."""
+        return {}
 
     def check_damaged(self, damaged: Mapping[str, str]) -> None:
         """Raise NumericsError when a tensor that holds NaN or Inf would be stored quantized, though it is no layer."""

@@ -23,17 +23,17 @@ from auto_round.formats.base import (
     require_scheme,
     slow_kernel_notes,
 )
+from auto_round.formats.no_config import GgufFormat
 from auto_round.inference.linear import compute_dtype_for
 from auto_round.layer_config import matching_layers, pattern_regex, resolve_layers, scheme_from_entry
 from auto_round.layouts.integers import stored_group_size
 from auto_round.modeling import layer_rules
 from auto_round.modeling.blocks import get_lm_head_name, is_conv1d, linear_names, weight_2d
 from auto_round.modeling.config import largest
-from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource
 from auto_round.run.file_layout import plan_files
 from auto_round.run.folders import journal_bytes, split_runs
-from auto_round.run.gguf import GgufRules, gguf_format
+from auto_round.run.gguf import GgufRules
 from auto_round.run.keywords import no_zero_point, symmetric_if_required, without_tuning
 from auto_round.run.memory import BudgetError, MemoryModel
 from auto_round.run.plan import CachePlan, Job, LayerPlan, LayerRules, embedding_names
@@ -108,19 +108,15 @@ def make_job(
     necessary with one expert in memory at a time.
 
     Args:
-        tokenizer: of the model, for files that contain it (GGUF).
         fit: shrink groups that a format cannot hold; False when the layers are quantized already.
         damaged: tensors with NaN or Inf that stay unquantized, and what they hold.
         in_memory: the quantized layers stay in memory.
         tune: whether an interrupted run tunes its blocks. The same is done again if it fits, or nearly fits.
 
-    Raises:
-        ConfigError: a layer pattern matches nothing, an entry is no scheme, or `max_memory` is too low.
-        UnsupportedError: an unknown data type, or a format that cannot hold a scheme.
-        NumericsError: a damaged tensor cannot stay unquantized.
+    Raises ConfigError, UnsupportedError or NumericsError for settings that this model or these formats do not allow.
     """
     given = source, formats, output_dir, fit, tokenizer, damaged or {}, in_memory
-    if not (settings.tunes and source.lazy and any(map(expert_of, _block_linears(source)))):
+    if not (settings.tunes and source.streams_experts_of(_block_linears(source))):
         return _make_job(settings, *given)
     limit: BudgetError | None = None
     if tune is not False:
@@ -159,7 +155,7 @@ def _make_job(
     advice = "leave model_free out (--disable_model_free), " if not source.can_run else ""
     if (warning := weights.check(source.name_or_path, advice)) is not None:
         notes.append(warning)
-    files = gguf_format(formats)
+    files = next((fmt for fmt in formats if isinstance(fmt, GgufFormat)), None)  # a run has at most one
     if files is None and (settings.imatrix is not None or settings.save_imatrix is not None):
         option = "imatrix" if settings.imatrix is not None else "save_imatrix"
         raise ConfigError(f"{option} needs a GGUF format, since importance files use its tensor names; give such a one")
@@ -187,7 +183,7 @@ def _make_job(
         peak_ram=memory.ram, peak_vram=memory.vram,
         compute=f"{settings.device}, {str(compute).removeprefix('torch.')}",
         output_dir=output_dir, notes=tuple(notes), model_type=_model_type(source), stored_as=source.stored_as,
-        cache=cache, gguf=rules.file, resumable=source.lazy,
+        cache=cache, gguf=rules.file, embedding_types=rules.embedding_types(), resumable=source.lazy,
         journal_bytes=journal if source.lazy and output_dir else 0, memory_plan=memory,
         skipped={weight.name: weight.reason for weight in weights.dense}, damaged=unquantized,
         patterns=tuple(dict.fromkeys(pattern_regex(key) for key in settings.layer_config if key not in layers)),
@@ -203,7 +199,7 @@ def _model_type(source: ModelSource) -> str:
 
 
 def _model_notes(formats: Sequence[OutputFormat], source: ModelSource) -> list[str]:
-    """Notes of the formats on this type of model. Raises UnsupportedError when one cannot hold it."""
+    """Notes of the formats on this type of model; an error when one cannot hold it."""
     model_type, notes = _model_type(source), []
     for fmt in formats:
         rules = fmt.rules(model_type)
@@ -218,10 +214,7 @@ def _model_notes(formats: Sequence[OutputFormat], source: ModelSource) -> list[s
 
 
 def select_blocks(settings: Settings, blocks: Sequence[str]) -> tuple[str, ...]:
-    """The blocks that match `to_quant_block_names`: names, prefixes of names, or regular expressions.
-
-    Raises ConfigError for an entry that matches no block.
-    """
+    """The blocks that match `to_quant_block_names`: names, prefixes of names, or regular expressions."""
     chosen: set[str] = set() if settings.to_quant_block_names else {*blocks}
     for name in settings.to_quant_block_names:
         found = [block for block in blocks if block == name or block.startswith(f"{name}.")]
@@ -238,13 +231,9 @@ def select_blocks(settings: Settings, blocks: Sequence[str]) -> tuple[str, ...]:
 def _resolve_schemes(
     rules: LayerRules, formats: Sequence[OutputFormat], fit: bool
 ) -> tuple[Schemes, dict[QuantizationScheme, QuantizationScheme], list[str]]:
-    """The scheme of every linear layer, schemes that were replaced because of their groups, and notes for the user.
-
-    Raises ConfigError when a pattern matches nothing and the settings are strict, or an entry is no scheme.
-    """
+    """The scheme of every linear layer, schemes that were replaced because of their groups, and notes for the user."""
     settings, model = rules.settings, rules.source.model
-    everything, inside = linear_names(model), _block_linears(rules.source)
-    head = get_lm_head_name(model)
+    everything, inside, head = linear_names(model), _block_linears(rules.source), get_lm_head_name(model)
     outside = [name for name in everything if name == head and name not in inside]
     known = [*inside, *outside]
     others = [name for name, _ in model.named_modules() if name and name not in known]
@@ -268,18 +257,14 @@ def _resolve_schemes(
 
 
 def _block_linears(source: ModelSource) -> list[str]:
-    """The linear layers inside the blocks."""
     return [f"{block}.{name}" for block in source.blocks for name in linear_names(source.model.get_submodule(block))]
 
 
 def fit_groups(
     schemes: Mapping[str, QuantizationScheme], widths: Mapping[str, int], formats: Sequence[OutputFormat]
 ) -> tuple[dict[QuantizationScheme, QuantizationScheme], list[str]]:
-    """Replace group sizes that do not divide the rows of a layer (`widths`), for formats without a short last group.
-
-    All layers of a scheme get the same group size, since some formats support only one. Returns (replacement by scheme,
-    notes for the user).
-    """
+    """Replace group sizes that do not divide the rows of a layer (`widths`), for formats without a short last group:
+    (replacement by scheme, notes for the user). All layers of a scheme get one size: some formats support only one."""
     instead: dict[QuantizationScheme, QuantizationScheme] = {}
     notes: list[str] = []
     asking = ", ".join(fmt.name for fmt in formats if fmt.requires_full_groups)
@@ -305,10 +290,7 @@ def _plan_layers(
     rules: LayerRules, schemes: Schemes, formats: Sequence[OutputFormat], blocks: Sequence[str],
     damaged: Mapping[str, str],
 ) -> tuple[dict[str, LayerPlan], dict[str, str], list[str]]:  # fmt: skip
-    """The plan of every layer, the reasons of those that stay unquantized because of damaged tensors, and notes.
-
-    Raises ConfigError when no layer is left to quantize.
-    """
+    """The plan of every layer, the reasons of those that stay unquantized because of damaged tensors, and notes."""
     settings, source = rules.settings, rules.source
     default, notes = _unquantized_by_default(settings, source, list(schemes), formats)
     known, chosen = set(_block_linears(source)), tuple(f"{block}." for block in blocks)
@@ -333,16 +315,14 @@ def _plan_layers(
     unquantized = _damaged_layers(layers, damaged, source)
     layers = {name: p.unquantized(unquantized[name]) if name in unquantized else p for name, p in layers.items()}
     if any(fmt.fusing_runtimes for fmt in formats):
-        for group in layer_rules.fused_groups(
-            list(layers)
-        ):  # engines fuse them: when one cannot be packed, none is quantized
+        for group in layer_rules.fused_groups(list(layers)):  # when one cannot be packed, none is quantized
             odd = next((layers[n] for n in group if (layers[n].reason or "").startswith("format ")), None)
             if odd is not None:
                 reason = f"{odd.name}, which engines fuse with it, is left unquantized: {odd.reason}"
                 layers |= {name: layers[name].unquantized(reason) for name in group if layers[name].quantized}
     layers, shared = rules.settled(layers)
-    notes += shared
     rules.check_damaged(damaged)
+    notes += shared
     if settings.gptq is not None:
         planned = [plan for plan in layers.values() if plan.quantized]
         without = [plan for plan in planned if not plan.codec.uses_feedback(asked=True)]
@@ -368,9 +348,8 @@ def _plan_layers(
 def _unquantized_by_default(
     settings: Settings, source: ModelSource, layers: Sequence[str], formats: Sequence[OutputFormat]
 ) -> tuple[dict[str, str], list[str]]:
-    """Layers that stay in full precision, with the reasons, and notes: routers in every format, and in formats for
-    serving engines also the layers that these do not load quantized. An entry of the layer configuration that matches
-    only such layers overrides the default."""
+    """Layers that stay in full precision, with the reasons, and notes: routers, and in formats for serving engines what
+    these do not load quantized, unless an entry of the layer configuration matches only such layers."""
     routers = layer_rules.router_names(source.model)
     served = not formats or any(fmt.fusing_runtimes for fmt in formats)
     reasons: dict[str, str] = {}
@@ -411,8 +390,7 @@ def _format_reason(plan: LayerPlan, formats: Sequence[OutputFormat], source: Mod
 
 
 def _damaged_layers(layers: Mapping[str, LayerPlan], damaged: Mapping[str, str], source: ModelSource) -> dict[str, str]:
-    """Layers that stay unquantized because of damaged tensors, with the reason: the owners of these tensors and the
-    layers that runtimes fuse with them."""
+    """The owners of damaged tensors and the layers that runtimes fuse with them, with the reason."""
     planned, tied = [name for name, plan in layers.items() if plan.quantized], source.tied()
     reasons: dict[str, str] = {}
     for layer in planned if damaged else ():
@@ -430,8 +408,7 @@ def _damaged_layers(layers: Mapping[str, LayerPlan], damaged: Mapping[str, str],
 
 
 def _reader_notes(layers: Mapping[str, LayerPlan], formats: Sequence[OutputFormat]) -> list[str]:
-    """Notes on what readers of these formats do with the layers: engines fuse layers whose schemes differ, activations
-    are not quantized, and fast kernels do not take layers that are too narrow."""
+    """Notes on what readers of these formats do with the layers."""
     notes: list[str] = []
     readers = {fmt.name: fmt.fusing_runtimes for fmt in formats if fmt.fusing_runtimes}
     runtimes = " and ".join(dict.fromkeys(runtime for names in readers.values() for runtime in names))
@@ -454,8 +431,7 @@ def _reader_notes(layers: Mapping[str, LayerPlan], formats: Sequence[OutputForma
 
 
 def _names(source: ModelSource, layers: Mapping[str, LayerPlan]) -> dict[str, Any]:
-    """Fields of `Job`: modules that are no linear layers, and what modules, blocks and further tensors are called in
-    the checkpoint."""
+    """Fields of `Job`: modules that are no linear layers, and names in the checkpoint."""
     embeddings = embedding_names(source)
     others = tuple(
         name

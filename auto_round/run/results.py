@@ -26,20 +26,16 @@ from auto_round.run.writers import MemoryWriter
 
 
 def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) -> torch.nn.Module:
-    """A runnable model with the quantized layers.
-
-    A model object of the user has dequantized weights in place already (`ModelWriter`). A model given by path is
-    assembled on the CPU; the source's own model remains without weights, to save from.
-    """
+    """A runnable model with the quantized layers: a model given by path on the CPU, while the source's own remains
+    without weights; a model object has dequantized weights in place already (`ModelWriter`)."""
 
     def install(model: torch.nn.Module, owner: str) -> None:
         for name, layer in layers.items():
             if name == owner or name.startswith(f"{owner}."):
                 old = model.get_submodule(name)
                 weight = old.get_parameter("weight")
-                packed = packed_layer(layer, weight.dtype)
-                if packed is not None:
-                    _set(model, name, packed)
+                if (packed := packed_layer(layer, weight.dtype)) is not None:
+                    model.set_submodule(name, packed)
                     continue
                 # A tied module keeps its own weight.
                 old.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
@@ -51,10 +47,8 @@ def assemble_model(source: ModelSource, layers: Mapping[str, QuantizedLayer]) ->
 
 
 class ModelWriter(MemoryWriter):
-    """Gives a model object of the user the dequantized weights of its layers.
-
-    `packs`: keep the layers, for `pack`, which gives their modules the schemes in `fields` as attributes.
-    """
+    """Gives a model object of the user the dequantized weights of its layers. `packs`: keep the layers, for `pack`,
+    which gives their modules the schemes in `fields` as attributes."""
 
     def __init__(self, source: ModelSource, packs: bool) -> None:
         super().__init__()
@@ -85,16 +79,15 @@ class ModelWriter(MemoryWriter):
         for name, layer in layers.items():
             own = self.model.get_submodule(name)
             weight = own.get_parameter("weight")
-            packed = packed_layer(layer, weight.dtype)
-            if packed is not None:
-                _set(self.model, name, packed.to(weight.device))
+            if (packed := packed_layer(layer, weight.dtype)) is not None:
+                self.model.set_submodule(name, packed.to(weight.device))
                 self._unpacked[name] = own
         describe_layers(self.model, self.fields)
 
     def unpack(self) -> None:
         """Restore the model's own layers, so that it can be saved again."""
         for name, own in self._unpacked.items():
-            _set(self.model, name, own)
+            self.model.set_submodule(name, own)
         self._unpacked.clear()
 
 
@@ -126,11 +119,6 @@ def module_from_tensors(
     return module
 
 
-def _set(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
-
-
 _LAYER_ATTRIBUTES = ("bits", "group_size", "sym", "data_type", "act_bits")
 _OPTIONS = (
     "output_dir", "format", "inplace", "return_folders", "safe_serialization", "overwrite", "max_shard_size", "resume",
@@ -151,10 +139,7 @@ def check_save_options(safe_serialization: bool, unknown: Mapping[str, Any]) -> 
 
 
 def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
-    """Open the output folder of a run with Transformers, which dequantizes a GGUF file.
-
-    Raises ModelError when Transformers cannot open it.
-    """
+    """Open the output folder of a run with Transformers, which dequantizes a GGUF file."""
     from transformers import AutoModelForCausalLM, AutoRoundConfig
 
     files = sorted(path.name for path in Path(folder).glob("*.gguf"))
@@ -175,9 +160,7 @@ def open_saved(folder: str, trust_remote_code: bool = False) -> torch.nn.Module:
 
 def describe_layers(model: torch.nn.Module, fields: Mapping[str, Mapping[str, Any]]) -> None:
     """Set the scheme of each layer as attributes (`bits`, `group_size`, ...) of its module, unless it has its own.
-
-    `fields`: by layer, as in `AutoRound.layer_config`. Layers without a module in the model are skipped.
-    """
+    `fields`: by layer, as in `AutoRound.layer_config`."""
     modules = dict(model.named_modules())
     for name in fields.keys() & modules.keys():
         for attribute in _LAYER_ATTRIBUTES:

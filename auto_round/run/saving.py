@@ -22,7 +22,6 @@ from auto_round.output.folders import PARTIAL, ensure_output_folder, remove_file
 from auto_round.output.staging import Staging
 from auto_round.run.driver import InMemory, Run
 from auto_round.run.folders import default_format, split_runs, stale_files
-from auto_round.run.gguf import scheme_of_type
 from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
 from auto_round.run.planner import select_blocks
@@ -83,10 +82,7 @@ class Runs:
         self, output_dir: str, formats: Sequence[OutputFormat], overwrite: bool, shard: int | str, resume: bool,
         writers: Sequence[ModelWriter] = (),
     ) -> list[Path]:  # fmt: skip
-        """Quantize and write all formats; every run is planned before the first one starts.
-
-        Returns one folder per format.
-        """
+        """Quantize and write all formats; every run is planned before the first one starts. One folder per format."""
         groups = split_runs(self.settings, formats)
         runs = [Run(self.source, settings, self.tokenizer, writers) for settings, _ in groups]
         if len(runs) == 1:
@@ -119,7 +115,7 @@ class Runs:
 
 
 def _read(value: str | Callable[[Any], Any]) -> Any:
-    """A read-only attribute: the value at this path of the object, or what a function makes of it."""
+    """A read-only attribute: the value at a path of the object, or what a function makes of it."""
     return property(attrgetter(value) if isinstance(value, str) else value)
 
 
@@ -409,12 +405,7 @@ def resolved_fields(scheme: QuantizationScheme) -> dict[str, Any]:
 def job_fields(job: Job, settings: Settings) -> LayerFields:
     """`AutoRound.layer_config` of a job."""
     blocks = tuple(f"{block}." for block in job.blocks)
-    kinds: dict[str, tuple[QuantizationScheme, str | None]] = {n: (p.scheme, p.ggml) for n, p in job.layers.items()}
-    if job.gguf is not None:
-        for name in job.embeddings:
-            if kind := job.gguf.type_of(f"{name}.weight"):
-                scheme = scheme_of_type(kind, job.scheme)
-                kinds[name] = scheme, kind if scheme.quantizes_weights else None
+    kinds = {**{name: (plan.scheme, plan.ggml) for name, plan in job.layers.items()}, **job.embedding_types}
     own = {"scale_dtype": settings.scale_dtype}
     return {
         name: resolved_fields(scheme) | own | {"in_blocks": name.startswith(blocks)}

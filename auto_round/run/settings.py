@@ -23,12 +23,7 @@ from auto_round.schemes import MixedPreset, QuantizationScheme
 
 def resolve_device(value: Any) -> torch.device:
     """The device that `device_map` names: a number (that accelerator, or the CPU on a machine without any), "auto",
-    "cpu", "cuda", "cuda:1", "xpu", a torch.device, or a map or list of a single device.
-
-    Raises:
-        DeviceError: no such device here.
-        UnsupportedError: more than one device.
-    """
+    "cpu", "cuda", "cuda:1", "xpu", a torch.device, or a map or list of a single device."""
     if isinstance(value, dict):
         value = sorted({str(v) for v in value.values()})
     if isinstance(value, (list, tuple)):
@@ -62,18 +57,14 @@ def resolve_device(value: Any) -> torch.device:
 
 
 class MemoryBudget(NamedTuple):
-    """Memory limits of a run in bytes; None is no limit. `ram`: resident memory of the process, libraries included.
-    `device`: memory of tensors on the compute device, if that is not the CPU."""
+    """Memory limits of a run in bytes, or None: of the process, and of tensors on a device that is not the CPU."""
 
     ram: int | None = None
     device: int | None = None
 
 
 def parse_budget(value: Any, device: torch.device) -> MemoryBudget | None:
-    """A budget from `4_000_000_000`, "4GB" (RAM), "cpu=4GB,0=10GB" or {"cpu": "4GB", 0: "10GB"}; None for None.
-
-    Raises ConfigError for an invalid size, or a device that the run does not use.
-    """
+    """A budget from `4_000_000_000`, "4GB" (RAM), "cpu=4GB,0=10GB" or {"cpu": "4GB", 0: "10GB"}; None for None."""
     if value is None:
         return None
     pairs = value
@@ -107,11 +98,8 @@ _SCALE_DTYPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SourceConfig, DataConfig):
-    """The run's settings, resolved from a `QuantConfig` by `keywords.resolve_settings`.
-
-    `config`: the same as plain values; it is not compared. `asked_algorithm`: what was asked for, if `max_memory` is
-    too low for it.
-    """
+    """The run's settings, resolved from `config` by `keywords.resolve_settings`. `asked_algorithm`: what was asked for,
+    if `max_memory` is too low for it."""
 
     config: QuantConfig = field(compare=False)
     scheme: QuantizationScheme
@@ -195,14 +183,14 @@ class Settings(SourceConfig, DataConfig):
 
 
 def check_whole_number(name: str, value: Any, low: int) -> int:
-    """`value`, if it is an integer of at least `low`. Raises ConfigError otherwise."""
+    """`value`, if it is an integer of at least `low`; else a ConfigError."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name}={value!r}: give a whole number of at least {low}")
     return value
 
 
 def parse_scale_dtype(value: str | torch.dtype) -> torch.dtype:
-    """The dtype of stored scales. Raises ConfigError for an invalid value."""
+    """The dtype of stored scales."""
     if isinstance(value, torch.dtype) and value in _SCALE_DTYPES.values():
         return value
     key = str(value).removeprefix("torch.").lower()

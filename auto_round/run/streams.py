@@ -61,14 +61,10 @@ class Stream:
         self, index: int, block: torch.nn.Module, device: torch.device, dtype: torch.dtype,
         observers: Sequence[InputObserver] = (), in_place: bool = False,
     ) -> ActivationTensor:  # fmt: skip
-        """Run a block on all samples and return its output [N, T, H] in `dtype`.
+        """Run a block on all samples and return its output [N, T, H] in `dtype`; `observers` are active on it.
 
         When the device runs out of memory, the batch is halved; with one sample, the hidden states are offloaded.
-        Raises DeviceError when that is not enough.
-
-        Args:
-            observers: active on this block; their masks are set for every batch.
-            in_place: overwrite the hidden states, which must have that dtype.
+        Raises DeviceError when that is not enough. `in_place`: overwrite the hidden states, which have that dtype.
         """
         self.state.keep_only(self.captured.links.slots_needed_from(index))
         masks: dict[bool, torch.Tensor | None] = {}
@@ -82,7 +78,8 @@ class Stream:
             samples = list(range(rows.start, rows.stop))
             # Large sums are not copied for every batch: if the first batch fits, so do the others, always on a CPU.
             copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _MAX_COPIED_BYTES)
-            before = _snapshot(observers) if copied else None
+            states = [(vars(o), dict(o) if isinstance(o, dict) else {}) for o in observers]
+            before = copy.deepcopy(states) if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[rows]
@@ -92,7 +89,12 @@ class Stream:
             except torch.OutOfMemoryError as error:
                 if before is None:
                     raise out_of_memory_error("running a block", device) from error
-                _restore(observers, before)
+                for observer, (attributes, items) in zip(observers, before, strict=True):
+                    vars(observer).clear()
+                    vars(observer).update(attributes)
+                    if isinstance(observer, dict):
+                        observer.clear()
+                        observer.update(items)
                 if self.batch > 1:
                     self.batch = self.batch // 2
                 elif self.offload():
@@ -112,11 +114,10 @@ class Stream:
 
     def _buffer(self, dtype: torch.dtype) -> ActivationTensor:
         """An uninitialised tensor with the shape, device and storage of the hidden states."""
-        hidden, spare = self.hidden, self.spare
-        self.spare = None
-        if spare is not None and (spare.dtype, spare.device) == (dtype, hidden.device):
+        spare, self.spare = self.spare, None
+        if spare is not None and (spare.dtype, spare.device) == (dtype, self.hidden.device):
             return spare
-        return empty_beside(hidden, tuple(hidden.shape), dtype)
+        return empty_beside(self.hidden, tuple(self.hidden.shape), dtype)
 
     def offload(self) -> bool:
         """Move the hidden states of all streams off the device. Returns whether any were on it."""
@@ -133,8 +134,7 @@ class Stream:
         return lambda hidden, samples: self.captured.run(index, block, hidden, samples, self.state)
 
     def saved(self, kind: str, index: int) -> dict[str, ActivationTensor]:
-        """The tensors to resume before block `index`: the hidden states as `kind`, and state that earlier blocks share
-        with later ones as `kind`-0, ..."""
+        """What to resume block `index` with: hidden states as `kind`, state that blocks share as `kind`-0, ..."""
         slots = self.captured.links.slots_needed_from(index)
         return {kind: self.hidden} | {f"{kind}-{n}": self.state.values[slot] for n, slot in enumerate(slots)}
 
@@ -149,20 +149,6 @@ class Stream:
 
 def _on_cpu(hidden: ActivationTensor) -> ActivationTensor:
     return hidden if isinstance(hidden, DiskTensor) else hidden.cpu()
-
-
-def _snapshot(observers: Sequence[InputObserver]) -> list[tuple[dict[str, Any], dict[Any, Any]]]:
-    """A copy of the observers' state, to restore it when a batch has to be run again."""
-    return copy.deepcopy([(vars(o), dict(o) if isinstance(o, dict) else {}) for o in observers])
-
-
-def _restore(observers: Sequence[InputObserver], states: Sequence[tuple[dict[str, Any], dict[Any, Any]]]) -> None:
-    for observer, (attributes, items) in zip(observers, states, strict=True):
-        vars(observer).clear()
-        vars(observer).update(attributes)
-        if isinstance(observer, dict):
-            observer.clear()
-            observer.update(items)
 
 
 def _observer_bytes(observers: Sequence[InputObserver]) -> int:

@@ -65,7 +65,7 @@ class RunResult:
 
 @dataclass(frozen=True)
 class OutputContext:
-    """What all output folders of a finished run have in common."""
+    """What the output folders of a finished run have in common."""
 
     source: ModelSource
     settings: Settings
@@ -84,28 +84,19 @@ tensors), and tensors that are not in the files yet."""
 
 
 class FileOutput(OutputWriter, ABC):
-    """An output of files in a staging folder, which another run can continue.
-
-    Attributes:
-        folder: the staging folder.
-        writer: of its weight files, once it has begun.
-        expected: `layer_digest` by quantized layer, for verification.
-        dense: what is needed to verify each tensor that is not part of a quantized layer.
-    """
+    """An output of files in a staging `folder`, which another run can continue. `expected`: `layer_digest` by quantized
+    layer; `dense`: what is needed to verify each tensor that is not part of one. `shard`: largest weight file."""
 
     writer: AtomicOutput
     expected: dict[str, str]
     dense: dict[str, Any]
 
-    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource) -> None:
-        self.job, self.format, self.stage, self.source = job, fmt, stage, source
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, shard: int | str) -> None:
+        self.job, self.format, self.stage, self.source, self.shard = job, fmt, stage, source, shard
         self.folder = stage.path
 
     def begin(self, marks: Sequence[Mark] = ()) -> None:
-        """Begin in an empty folder, or continue after the marks of an interrupted run.
-
-        Raises OutputError when the files do not hold any more what was marked.
-        """
+        """Begin in an empty folder, or continue after the marks of an interrupted run, if the files still hold that."""
         self.expected, self.dense = {}, {}
         for values, _ in marks:
             self.expected |= values["expected"]
@@ -128,7 +119,6 @@ class FileOutput(OutputWriter, ABC):
         return {"records": self.writer.take_records(), "expected": expected, "dense": dense}, {}
 
     def close(self) -> None:
-        """Close unfinished files and keep them."""
         if hasattr(self, "writer"):
             self.writer.close()
 
@@ -145,7 +135,5 @@ class FileOutput(OutputWriter, ABC):
 
     @abstractmethod
     def verify(self, made: OutputContext) -> dict[str, Any]:
-        """Read the files again, and compare them with the plan and with what was quantized.
-
-        Returns plain values for the report. Raises VerifyError, which names the first difference.
-        """
+        """Read the files again, and compare them with the plan and with what was quantized. Returns plain values for
+        the report."""

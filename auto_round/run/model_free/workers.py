@@ -19,7 +19,7 @@ import torch
 from auto_round.errors import AutoRoundError, OutputError, VerifyError
 from auto_round.files import bytes_of, file_sha256, write_text
 from auto_round.logger import logger
-from auto_round.output.writer import PartialFile, damaged_error
+from auto_round.output.writer import KEEP, NEW, PartialFile, damaged_error
 from auto_round.run.journal_files import read_checked, write_checked
 from auto_round.run.model_free.units import Shard, Unit
 from auto_round.threads import split_torch_threads
@@ -118,7 +118,7 @@ class ShardFile:
             logger.warning("starting anew: %s", error)
             state, sha = None, None
         self._state = state or {"units": {}, "digests": {}, "sha256": None}
-        self._file = PartialFile(path, self._final, resume=bool(self._state["units"]))
+        self._file = PartialFile(path, self._final, KEEP if self._state["units"] else NEW)
         self.missing = [] if sha else [unit for unit in shard.units if str(unit) not in self._state["units"]]
         if sha and found == path:  # killed before it was renamed
             self._file.seal(self._final, sha)
