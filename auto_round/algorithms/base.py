@@ -40,11 +40,9 @@ class LayerTask:
         return codec_of(self.scheme, self.ggml, self.weight.shape[1])
 
     def start_options(self, searched: bool, scale_dtype: torch.dtype, quick: bool = False) -> StartOptions:
-        """How to find the first scales of this layer, see `StartOptions`."""
         return StartOptions(searched, self.importance, scale_dtype, self.global_scale, quick)
 
     def start(self, searched: bool, scale_dtype: torch.dtype, quick: bool = False) -> Any:
-        """The first scales of this layer, of the type that its codec has."""
         return self.codec.start(self.weight, self.start_options(searched, scale_dtype, quick))
 
     def quantized(self, codes: Codes) -> QuantizedLayer:
@@ -132,7 +130,6 @@ def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
 
 
 def empty_device_cache(device: torch.device) -> None:
-    """Release PyTorch's cached memory to the device."""
     gc.collect()
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()

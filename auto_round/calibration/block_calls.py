@@ -79,7 +79,6 @@ def run_model(
 
 
 def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: Arguments) -> Any:
-    """Call a block with hidden states and the other arguments."""
     args, kwargs, key = arguments
     return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
 
@@ -270,7 +269,6 @@ class HiddenLayout:
         return (self.batch, self.tokens) == (0, 1) and len(self.rest) < 2
 
     def rows(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states of the blocks as rows [B, T, width]."""
         return hidden if self.plain else hidden.movedim((self.batch, self.tokens), (0, 1)).flatten(2)
 
     def hidden(self, rows: torch.Tensor) -> torch.Tensor:
@@ -379,7 +377,6 @@ class SharedState:
         self.values: dict[SharedSlot, ActivationTensor] = {}
 
     def offload(self) -> None:
-        """Move all values to the CPU, and store later ones there."""
         self._beside = self._beside if isinstance(self._beside, DiskTensor) else self._beside.cpu()
         self.values = {slot: v if isinstance(v, DiskTensor) else v.cpu() for slot, v in self.values.items()}
 

@@ -137,24 +137,15 @@ def capture_inputs(
     store_device: Device = "cpu", dtype: torch.dtype | None = None, disk_store: DiskStore | None = None,
     stream_experts: bool = False, links: ModelDependencies | None = None, check_isolation: bool = False,
 ) -> CapturedInputs:  # fmt: skip
-    """Run everything before the blocks on each sample, and record the arguments of each block.
-
-    Only modules before the blocks are loaded, and briefly one block of each class, to see what it returns.
-
-    Args:
-        samples: dicts with "input_ids" int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss),
-            all of one length.
-        device: where to run; None: the CPU for a checkpoint, the model's own device for a live model.
-        store_device: where hidden states (in `dtype`, or the model's) and arguments are stored.
-        disk_store: a file that stores them, and large arguments, instead.
-        stream_experts: load one expert at a time.
-        links: dependencies between blocks, if another capture of the same model has found them.
-        check_isolation: run the first sample through all blocks to find them, and refuse a model whose blocks cannot
-            run one at a time. Always done if blocks pass on more than hidden states [batch, tokens, width].
-
-    Raises DataError for unusable samples, ModelError or UnsupportedError for a model whose blocks do not follow each
-    other as a decoder's or need more than their arguments, NumericsError for NaN or Inf before the first block.
-    """
+    """Run everything before the blocks on each sample, and record the arguments of each block. Only modules before the
+    blocks are loaded, and briefly one block of each class, to see what it returns. `samples`: dicts with "input_ids"
+    int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss), all of one length. `device`: where
+    to run; None: the CPU for a checkpoint, a live model's own. `store_device`: where hidden states (in `dtype`, or the
+    model's) and arguments are stored, if not in the file `disk_store`. `links`: dependencies between blocks that
+    another capture has found. `check_isolation`: run the first sample through all blocks to find them, and refuse a
+    model whose blocks cannot run one at a time; always done if blocks pass on more than hidden states [batch, tokens,
+    width]. Raises DataError for unusable samples, ModelError or UnsupportedError for blocks that do not follow each
+    other or need more than their arguments, NumericsError for NaN or Inf before the first block."""
     inputs = _check_samples(samples)
     where = source.default_device if device is None else torch.device(device)
     if where is None:  # a live model runs where it is

@@ -40,7 +40,6 @@ class DiskStore:
             ) from error
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> DiskTensor:
-        """Allocate a tensor; its content is undefined until it is written."""
         made = DiskTensor(self, self.size, torch.Size(shape), dtype)
         self.size += made.nbytes
         return made
@@ -97,7 +96,6 @@ class DiskTensor:
         return len(self.shape)
 
     def read(self) -> torch.Tensor:
-        """Read the whole tensor into new memory."""
         made = torch.empty(self.shape, dtype=self.dtype)
         self._file.read(self.start, bytes_of(made))
         return made

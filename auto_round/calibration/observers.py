@@ -47,7 +47,6 @@ class InputObserver(ABC):
         """Add what layer `name` gets: all counted rows of `inputs` [..., in]."""
 
     def counted(self, inputs: torch.Tensor) -> torch.Tensor:
-        """The rows of `inputs` [..., in] that `mask` counts."""
         rows = inputs.detach()
         if self.mask is not None and rows.shape[:-1] == self.mask.shape:
             rows = rows[self.mask.to(rows.device)]
@@ -197,7 +196,6 @@ class InputHessian(InputObserver):
                     total[:last, first:last].addmm_(band[:, :last].t(), band[:, first:last])
 
     def tokens(self, name: str) -> int:
-        """Number of input rows of layer `name`, masked ones included."""
         return self._seen.get(name, 0)
 
     def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:

@@ -56,7 +56,6 @@ class ActivationQuantizer:
         return activation_function(scheme)(x, scale_dtype=x.dtype, **known, **static)[0]
 
     def hook(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """For `register_forward_pre_hook`."""
         return (self(args[0]), *args[1:])
 
 
@@ -74,7 +73,6 @@ def static_quantizer(scheme: ActivationScheme, low: Tensor, high: Tensor, stored
 
 @contextmanager
 def quantized_inputs(modules: Mapping[torch.nn.Module, ActivationQuantizer]) -> Iterator[None]:
-    """Context in which the given modules quantize their inputs."""
     handles = [module.register_forward_pre_hook(quantizer.hook) for module, quantizer in modules.items()]
     try:
         yield

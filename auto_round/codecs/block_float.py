@@ -269,17 +269,10 @@ def quantize_float(
     min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, global_scale: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, None]:  # fmt: skip
-    """Quantize and dequantize a tensor [..., in], as the contract of data types in `register_dtype` demands.
-
-    Args:
-        v: added to `tensor`, in its units and shape.
-        min_scale, max_scale: factors on each group's smallest and largest value; a number or one value a group.
-        scale: the scale to use, a scalar, for static activations.
-
-    Returns:
-        (dequantized tensor of the same shape and dtype, stored scale float32 [rows, groups], None). Gradients pass
-        straight through the rounding of values and scales, with the extremes taken as constants.
-    """
+    """Quantize and dequantize a tensor [..., in], as `register_dtype` demands; returns (dequantized tensor, stored
+    scale float32 [rows, groups], None). `v` is added to `tensor`, in its units and shape; `min_scale`, `max_scale`:
+    factors on each group's extremes, a number or one a group; `scale`: a scalar to use, for static activations.
+    Gradients pass straight through the rounding of values and scales, with the extremes taken as constants."""
     flat = tensor.reshape(-1, tensor.shape[-1]).float()
     blocks = as_blocks(flat, group_size)
     given = spec.global_scale(flat, global_scale)

@@ -64,14 +64,10 @@ def integer_qparams(
     scale_dtype: torch.dtype = torch.float16, threshold: float | None = None, tensor_min: Tensor | None = None,
     tensor_max: Tensor | None = None,
 ) -> QuantParams:  # fmt: skip
-    """Scale and zero point of each group [..., group_size] from its minimum (at most 0) and maximum (at least 0).
-
-    Args:
-        sym: full range with the zero point 2**(bits-1); else integer zero points 0 .. 2**bits-1.
-        min_scale, max_scale: factors on the group's extremes, broadcastable to [..., 1].
-        threshold: smallest |scale|; None or 0 takes `default_scale_threshold`.
-        tensor_min, tensor_max: known extremes, [..., 1].
-    """
+    """Scale and zero point of each group [..., group_size] from its minimum (at most 0) and maximum (at least 0), or
+    from the known `tensor_min` and `tensor_max` [..., 1], times the factors `min_scale` and `max_scale`. `sym`: the
+    full range with the zero point 2**(bits-1), else integer zero points 0 .. 2**bits-1; `threshold`: smallest |scale|,
+    None or 0 for the usual one."""
     low = groups.amin(-1, keepdim=True).clamp(max=0) if tensor_min is None else tensor_min
     high = groups.amax(-1, keepdim=True).clamp(min=0) if tensor_max is None else tensor_max
     low, high = low * min_scale, high * max_scale
@@ -215,18 +211,11 @@ def _weight_function(sym: bool) -> QuantFunc:
         min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, scale_dtype: torch.dtype = torch.float16,
         q_scale_thresh: float = 0.0, imatrix: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
-        """Quantize and dequantize a tensor [out, in] (or any shape; the last dimension is grouped) with 2 to 8 bits.
-
-        Args:
-            v: added to `tensor` before rounding, in its units; same shape, or a number.
-            min_scale, max_scale: factors on each group's minimum and maximum; a number or one value a group.
-            q_scale_thresh: smallest |scale|; 0 takes 1e-5 (1e-8 for float32 scales).
-            **kwargs: `tensor_min`, `tensor_max`: known extremes, [groups, 1].
-
-        Returns:
-            (dequantized tensor of the same shape and dtype, scale float32 [out, groups], zero point: 2**(bits-1) when
-            symmetric, else integers 0 .. 2**bits-1 in a tensor [out, groups]).
-        """
+        """Quantize and dequantize a tensor [out, in] (or any shape; the last dimension is grouped) with 2 to 8 bits;
+        returns (dequantized tensor, scale float32 [out, groups], zero point: 2**(bits-1) when symmetric, else integers
+        [out, groups]). `v` is added before rounding, in units of the tensor; `min_scale`, `max_scale`: factors on each
+        group's extremes, which `tensor_min` and `tensor_max` [groups, 1] give if they are known; `q_scale_thresh`:
+        smallest |scale|, 0 for the usual one."""
         groups, columns = reshape_pad_tensor_by_group_size(tensor, group_size)
         padded_shape, blocks = groups.shape, isinstance(group_size, tuple)
         groups = groups.flatten(2) if blocks else groups  # one group a block

@@ -36,28 +36,20 @@ DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """Which layers of a run are quantized and how, without any tensor.
+    """Which layers of a run are quantized and how, without any tensor."""
 
-    Attributes:
-        scheme: the default scheme.
-        layers: the scheme of every linear layer by its full module name, unquantized layers included.
-        block_names: module names of the decoder blocks, such as `model.layers.0`.
-        settings: of the run (`iters`, `nsamples`, ...); values that differ from the defaults are recorded.
-        embeddings, other_matrices: unquantized modules: embeddings, and others with a matrix as weight (routers, ...).
-        spare: modules that the checkpoint has and the model does not.
-        patterns: regular expressions of the layer configuration, in order.
-    """
-
-    scheme: QuantizationScheme
+    scheme: QuantizationScheme  # the default
+    # of every linear layer by its full module name, unquantized layers included
     layers: Mapping[str, QuantizationScheme]
-    block_names: tuple[str, ...]
+    block_names: tuple[str, ...]  # such as `model.layers.0`
+    # of the run; values that differ from the defaults are recorded
     settings: Mapping[str, Any] = field(default_factory=dict)
     version: str = __version__
     model_type: str = ""
-    embeddings: tuple[str, ...] = ()
-    other_matrices: tuple[str, ...] = ()
-    spare: tuple[str, ...] = ()
-    patterns: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()  # likewise unquantized
+    other_matrices: tuple[str, ...] = ()  # unquantized modules with a matrix as weight (routers, ...)
+    spare: tuple[str, ...] = ()  # modules that the checkpoint has and the model does not
+    patterns: tuple[str, ...] = ()  # regular expressions of the layer configuration, in order
     cache: CacheScheme | None = None
 
     def quantized_layers(self) -> list[str]:
@@ -82,7 +74,6 @@ class ExportPlan:
         return [*(name for name in dense if self.in_block(name)), *self.spare]
 
     def in_block(self, name: str) -> bool:
-        """Whether the module `name` is inside a decoder block."""
         return any(name.startswith(f"{block}.") for block in self.block_names)
 
     def block_prefix(self) -> str:
@@ -107,23 +98,17 @@ _EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
 @dataclass(frozen=True)
 class ModelRules:
-    """How a format writes the models of one type.
+    """How a format writes the models of one type."""
 
-    Attributes:
-        refused: why such models cannot be written, or None.
-        note: shown to the user, or None.
-        dense: (regular expression, reason): layers that must stay unquantized.
-        renames: (regular expression, replacement), applied in order to every tensor's name.
-        experts: module under which the tensors of a block's experts are stacked along a new first dimension; "" keeps
-            one tensor per expert.
-        config: (key, other key): config.json gets `key` with the value of `other key`, unless it has `key`.
-    """
-
-    refused: str | None = None
-    note: str | None = None
-    dense: tuple[tuple[str, str], ...] = ()
+    refused: str | None = None  # why such models cannot be written
+    note: str | None = None  # shown to the user
+    dense: tuple[tuple[str, str], ...] = ()  # (regular expression, reason): layers that must stay unquantized
+    # (regular expression, replacement), applied in order to every tensor's name
     renames: tuple[tuple[str, str], ...] = ()
+    # Module under which the tensors of a block's experts are stacked along a new first dimension; "": one tensor
+    # per expert.
     experts: str = ""
+    # (key, other key): config.json gets `key` with the value of `other key`, unless it has `key`
     config: tuple[tuple[str, str], ...] = ()
 
     def unquantized_reason(self, layer: str) -> str | None:
@@ -145,22 +130,14 @@ class ModelRules:
 
 @dataclass(frozen=True)
 class SizeRule:
-    """Sizes that a kernel accepts. One group a row is always accepted.
+    """Sizes that a kernel accepts. One group a row is always accepted."""
 
-    Attributes:
-        inputs, outputs: in_features and out_features must be multiples of these.
-        groups: accepted group sizes; empty accepts all.
-        group_multiple: the group size must be a multiple of this.
-        outputs_by_group: the group size must divide out_features too.
-        whole_groups: the group size must divide in_features.
-    """
-
-    inputs: int = 1
-    outputs: int = 1
-    groups: tuple[int, ...] = ()
-    group_multiple: int = 1
-    outputs_by_group: bool = False
-    whole_groups: bool = True
+    inputs: int = 1  # in_features must be a multiple of it
+    outputs: int = 1  # likewise out_features
+    groups: tuple[int, ...] = ()  # accepted group sizes; empty accepts all
+    group_multiple: int = 1  # the group size must be a multiple of it
+    outputs_by_group: bool = False  # the group size must divide out_features too
+    whole_groups: bool = True  # the group size must divide in_features
 
     def problem(self, in_features: int, out_features: int, group_size: GroupSize) -> str | None:
         """Why the kernel rejects such a layer, or None. `group_size`: as in a scheme; of a block the columns count."""
@@ -344,7 +321,6 @@ def register_format(name: str, *arguments: Any) -> Callable[[_Format], _Format]:
 
 
 def available_formats() -> list[str]:
-    """Names of the formats that can be written, sorted."""
     for module in _BUILT_IN:
         importlib.import_module(f"auto_round.formats.{module}")
     return sorted(FORMATS)
@@ -378,7 +354,6 @@ def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
 
 
 def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
-    """Names of the available formats that can store `scheme`."""
     return [name for name in available_formats() if FORMATS[name].suggested_for(scheme)]
 
 

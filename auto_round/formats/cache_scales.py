@@ -27,7 +27,6 @@ class CacheScheme:
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """Names of the tensors on each attention module."""
         return ("k_scale", "v_scale") if self.queries is None else ("k_scale", "q_scale", "v_scale")
 
     def granularity(self, leaf: str) -> str:

@@ -67,7 +67,6 @@ def _key(part: QuantizationScheme | ActivationScheme) -> tuple[str, str | None]:
 
 
 def _input_arguments(inputs: ActivationScheme) -> dict[str, Any]:
-    """The group's `input_activations`."""
     found = _TYPES[_key(inputs)].arguments(inputs, inputs.group_size if inputs.dynamic else 0)
     if found["strategy"] == "channel":
         found["strategy"] = "token"

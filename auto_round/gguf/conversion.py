@@ -43,7 +43,6 @@ class Conversion:
 
     @property
     def arch(self) -> str:
-        """llama.cpp's name of the architecture."""
         return self.family.arch
 
     @cached_property
@@ -131,10 +130,10 @@ def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
-    """The conversion of a model to GGUF. `config`: its Transformers configuration, or the values of its config.json;
-    `sources`: shapes of its tensors by name; needed for the shapes in the file. Raises UnsupportedError: the family is
-    unknown, llama.cpp would run a different model, the architecture has no tensor for a source, or the package gguf is
-    missing; ModelError: a configuration value or tensors are missing."""
+    """The conversion of a model with this Transformers configuration (or the values of its config.json) to GGUF.
+    `sources`: shapes of its tensors by name, needed for the shapes in the file. Raises UnsupportedError when the family
+    is unknown, llama.cpp would run a different model or has no tensor for a source, or the package gguf is missing,
+    ModelError when a configuration value or tensors are missing."""
     settings = HfConfig.of(config)
     kind = settings.model_type
     if kind not in FAMILIES:
@@ -155,22 +154,16 @@ def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """Tensors and metadata of one file.
-
-    Attributes:
-        places: placements of every source tensor, by its name in the run; none for a skipped one.
-        shapes, types: of every tensor of the file, by its name there, in the file's order.
-        metadata: key values of the model and its tokenizer.
-        notes: differences from the file type's rules and from Transformers, for the user.
-    """
+    """Tensors and metadata of one file."""
 
     file_type: str
     conversion: Conversion
+    # of every source tensor, by its name in the run; none for a skipped one
     places: Mapping[str, tuple[Placement, ...]]
-    shapes: Mapping[str, tuple[int, ...]]
-    types: Mapping[str, str]
-    metadata: tuple[KeyValue, ...]
-    notes: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]  # of every tensor, by its name there, in the order of the file
+    types: Mapping[str, str]  # likewise
+    metadata: tuple[KeyValue, ...]  # of the model and its tokenizer
+    notes: tuple[str, ...]  # differences from the file type's rules and from Transformers, for the user
 
     def type_of(self, source: str) -> str | None:
         """The type of the file's tensor that holds the source tensor, None for a skipped or unknown one."""
@@ -204,20 +197,11 @@ def plan_file(
     file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str], tokenizer: Any, config: Any,
     folder: str | Path | None = None, name: str = "",
 ) -> GgufPlan:  # fmt: skip
-    """Place every tensor of the model, choose its type, and make the file's metadata.
-
-    Args:
-        file_type: a key of `file_types.FILE_TYPES`.
-        conversion: made with the shapes of the model's tensors.
-        with_importance: whether an importance matrix is used, on which a few of llama.cpp's choices depend.
-        tied: names that share another tensor's storage and are not stored.
-        tokenizer, config: of Transformers.
-        folder, name: of the model, as given by the user.
-
-    Raises:
-        UnsupportedError: the architecture has no tensor for a source, or llama.cpp has no such tokenizer.
-        ModelError: there is no tokenizer, or it does not fit the embedding.
-    """
+    """Place every tensor of the model, choose its type, and make the file's metadata. `file_type`: a key of
+    `file_types.FILE_TYPES`; `with_importance`: whether an importance matrix is used, on which a few of llama.cpp's
+    choices depend; `tied`: names that share another tensor's storage and are not stored; `folder`, `name`: of the
+    model, as given by the user. Raises UnsupportedError when the architecture has no tensor for a source, or llama.cpp
+    no such tokenizer, ModelError when there is no tokenizer, or it does not fit the embedding."""
     shapes, keys = conversion.tensors, conversion.metadata()
     sizes = {pair.key.partition(".")[2]: pair.value for pair in keys}
     heads = sizes["attention.head_count"]

@@ -43,7 +43,6 @@ class HfConfig:
         return cls({**values, **text} if isinstance(text, Mapping) else values)
 
     def get(self, *names: str, default: Any = None) -> Any:
-        """The value under the first of `names` that has one."""
         return next((self.values[n] for n in names if self.values.get(n) is not None), default)
 
     def need(self, *names: str) -> Any:
@@ -93,20 +92,13 @@ class HfConfig:
 
 @dataclass(frozen=True)
 class Placement:
-    """A GGUF tensor, or a part of one, that is made from a source tensor or some of its rows.
+    """A GGUF tensor, or a part of one, that is made from a source tensor or some of its rows."""
 
-    Attributes:
-        tensor: name in the file, such as "blk.0.attn_q.weight".
-        rows: int64 [n], the source's rows in the target's order; None for all in their order.
-        slot: index in the target's leading dimension, where experts or heads are stacked.
-        at_row: first row in the target, where several sources are concatenated by rows.
-        edit: changes the values or the shape first; without it, packed rows of the quantized source can be placed.
-    """
-
-    tensor: str
-    rows: torch.Tensor | None = None
-    slot: int | None = None
-    at_row: int = 0
+    tensor: str  # name in the file, such as "blk.0.attn_q.weight"
+    rows: torch.Tensor | None = None  # int64 [n], the source's rows in the target's order; None for all in their order
+    slot: int | None = None  # index in the target's leading dimension, where experts or heads are stacked
+    at_row: int = 0  # first row in the target, where several sources are concatenated by rows
+    # Changes the values or the shape first; without it, packed rows of the quantized source can be placed.
     edit: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def cut(self, source: torch.Tensor) -> torch.Tensor:
@@ -119,12 +111,11 @@ _CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bo
 
 
 class Key(NamedTuple):
-    """One key of the file; without a value it is not written. `name`: without the architecture, such as "block_count";
-    `kind`: its type, such as "uint32"; `source`: names in the configuration, of which the first with a value counts, or
-    a function."""
+    """One key of the file; without a value it is not written."""
 
-    name: str
-    kind: str
+    name: str  # without the architecture, such as "block_count"
+    kind: str  # such as "uint32"
+    # Names in the configuration, of which the first with a value counts, or a function.
     source: str | tuple[str, ...] | Callable[[HfConfig], Any]
 
     def value(self, settings: HfConfig) -> Any:
@@ -155,27 +146,18 @@ class Assumption(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """How models of some types are converted.
+    """How models of some types are converted."""
 
-    Attributes:
-        arch: llama.cpp's name of the architecture.
-        model_types: values of `model_type` in the configuration.
-        keys: of the file; a later key of the same name replaces an earlier one.
-        rules: placements of special tensors, in order; all others are renamed by `gguf.TensorNameMap`.
-        renames: (regular expression, replacement), applied before that map.
-        assumes: assumptions of llama.cpp.
-        extras: computed tensors that are in no checkpoint: float32, by their names in the file.
-        notes: (condition, text) for the user.
-    """
-
-    arch: str
-    model_types: tuple[str, ...]
-    keys: tuple[Key, ...]
+    arch: str  # llama.cpp's name of the architecture
+    model_types: tuple[str, ...]  # values of `model_type` in the configuration
+    keys: tuple[Key, ...]  # of the file; a later key of the same name replaces an earlier one
+    # placements of special tensors, in order; all others are renamed by `gguf.TensorNameMap`
     rules: tuple[Rule, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()  # (regular expression, replacement), applied before that map
     assumes: tuple[Assumption, ...] = ()
+    # Computed tensors that are in no checkpoint: float32, by their names in the file.
     extras: Callable[[HfConfig], dict[str, torch.Tensor]] | None = None
-    notes: tuple[tuple[Callable[[HfConfig], bool], str], ...] = ()
+    notes: tuple[tuple[Callable[[HfConfig], bool], str], ...] = ()  # (condition, text) for the user
 
 
 FAMILIES: dict[str, Family] = {}  # by model type

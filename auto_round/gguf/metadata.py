@@ -64,14 +64,9 @@ def general_metadata(
     name: str = "",
 ) -> list[KeyValue]:  # fmt: skip
     """The keys general.*, as the `gguf` package finds them for llama.cpp from the model's card, configuration and name.
-
-    Args:
-        arch: llama.cpp's name of the architecture.
-        tensors: shapes of all tensors of the file.
-        file_type: a `gguf.LlamaFileType`.
-        folder: with the model's README.md, config.json and generation_config.json; or None.
-        name: as given by the user: a folder, or an id such as "org/Model-7B".
-    """
+    `tensors`: shapes of all tensors of the file; `file_type`: a `gguf.LlamaFileType`; `folder`: with the model's
+    README.md, config.json and generation_config.json; `name`: as given by the user, a folder, or an id such as
+    "org/Model-7B"."""
     gguf = gguf_package()
     total = sum(map(math.prod, tensors.values()))
     path = Path(folder) if folder is not None else None

@@ -136,10 +136,10 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | Path | None = None) -> Vocabulary:
-    """A Transformers tokenizer for a GGUF file. `rows`: of the embedding; ids without a token get a placeholder;
-    `config`: the model's configuration or its values, for special tokens missing in the tokenizer; `folder`: of the
-    model, for its tokenizer.model. Raises UnsupportedError: llama.cpp has no such tokenizer; ModelError: a token has no
-    row, or two have the same text."""
+    """A Transformers tokenizer for a GGUF file whose embedding has `rows`; ids without a token get a placeholder.
+    `config`: the model's, for special tokens missing in the tokenizer; `folder`: of the model, for its tokenizer.model.
+    Raises UnsupportedError when llama.cpp has no such tokenizer, ModelError when a token has no row, or two have the
+    same text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(

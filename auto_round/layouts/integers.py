@@ -37,7 +37,6 @@ def stored_group_size(scheme: QuantizationScheme) -> int:
 
 
 def chunks_of_rows(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Slices of rows that are dequantized at once."""
     step = max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // columns)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
@@ -147,7 +146,6 @@ class GptqLayout(IntegerLayout):
         return pack_words(codes.T, bits), pack_words(stored, bits).T.contiguous()
 
     def codes(self, qweight: torch.Tensor, bits: int) -> torch.Tensor:
-        """Codes uint8 [out, in], contiguous."""
         return unpack_rows(qweight.T, bits)
 
     def zeros(self, qzeros: torch.Tensor, bits: int) -> torch.Tensor:

@@ -157,7 +157,6 @@ class SearchChunk:
         return torch.where(step == 0, flat, found)
 
     def sums(self, step: Tensor, minimum: Tensor | None = None) -> Sums:
-        """Sums of the nearest codes."""
         q = self._round(step, minimum)
         qx = pairwise_sum(torch.mul(q, self.hx, out=self._t)).clone()
         weighted = torch.mul(q, self.h, out=self._t)

@@ -31,7 +31,6 @@ class GgmlType:
 
     @property
     def codes(self) -> int:
-        """Number of codes."""
         return 1 << self.bits
 
     @property
@@ -44,7 +43,6 @@ class GgmlType:
         return self.nbytes * 8 / self.block
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of `columns` weights, which must fill blocks."""
         assert columns % self.block == 0
         return columns // self.block * self.nbytes
 
@@ -98,7 +96,6 @@ class GgmlBlocks(Codes):
 
     @classmethod
     def empty(cls, kind: GgmlType, out: int, columns: int, device: torch.device) -> GgmlBlocks:
-        """Uninitialized blocks of a matrix."""
         make = lambda size, dtype: torch.empty(out, columns // size, dtype=dtype, device=device)  # noqa: E731
         scales = make(kind.group, torch.int8) if kind.is_k else None
         dmin = make(kind.block, torch.float16) if kind.has_min else None

@@ -59,7 +59,6 @@ class AdamStep:
 
 
 def make_rule(adam: bool, momentum: float) -> AdamStep | SignStep:
-    """A fresh update rule for one tensor."""
     return AdamStep() if adam else SignStep(momentum)
 
 
@@ -96,15 +95,10 @@ class LearnableGroup:
         codes: Sequence[Tensor | None] = (), tune_scale: bool = True, adam: bool = False, momentum: float = 0.0,
         compile_step: bool = False,
     ) -> None:  # fmt: skip
-        """Layers with equal in_features and scheme; only one when scales are per tensor.
-
-        Args:
-            starts: the scales where tuning starts, one a layer, from its codec.
-            compute_dtype: dtype of the matrix products.
-            codes: uint8 [out, in] where rounding starts, one a layer; None where the grid says.
-            adam: update by AdamW, not by the sign.
-            compile_step: compile the elementwise passes.
-        """
+        """Layers with equal in_features and scheme; only one when scales are per tensor. One a layer: `starts`, the
+        scales where tuning starts, and `codes`, uint8 [out, in] where rounding starts, None where the grid says.
+        `compute_dtype` is that of the matrix products; `adam` updates by AdamW, not by the sign; `compile_step`
+        compiles the elementwise passes."""
         self.tasks, self.scheme, self.codec = list(tasks), tasks[0].scheme, tasks[0].codec
         self.grid = grid = self.codec.tunable(starts)
         self.compute_dtype, self.tune_scale = compute_dtype, tune_scale
@@ -164,7 +158,6 @@ class LearnableGroup:
         ]
 
     def weight(self, index: int) -> Tensor:
-        """The quantized weight [out, in] of a layer; a view that `refresh` keeps current."""
         return self.quantized[self._layer_slices[index]]
 
     @torch.no_grad()
