@@ -35,10 +35,9 @@ def row_slices(weight: Tensor) -> list[slice]:
 
 
 def descend_layer(task: LayerTask, hessian: Tensor, scale_dtype: torch.dtype) -> QuantizedLayer:
-    """Quantize the LM head with searched scales and codes found by coordinate descent. All tokens cost one matrix
-    `hessian`, whatever their number and the size of the vocabulary. It is damped by its full mean diagonal, not by the
-    usual hundredth of it: with less, the error on the calibration tokens halves but the KL divergence on other text
-    grows (docs/adr/0008)."""
+    """Quantize the LM head with searched scales and codes found by coordinate descent. `hessian` is damped by its full
+    mean diagonal: with less, the error on the calibration tokens halves but the KL divergence on other text grows (ADR
+    0008)."""
     out, columns = task.weight.shape
     start = task.start(True, scale_dtype)
     codes = descend_codes(task.weight, task.codec.grid(start, (out, columns)), [hessian], _HEAD_DAMPING, _HEAD_PASSES)

@@ -73,9 +73,8 @@ HessianFactors = Mapping[int, HessianFactor]
 
 
 def factorize_hessian(hessian: Tensor, damping: float) -> HessianFactor:
-    """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky. `damping` is in parts of the
-    mean diagonal, more than zero. Raises NumericsError when the damped Hessian holds NaN, or is not positive definite
-    in float32."""
+    """Order the columns of H, float32 [n, n], and factorize H = M' diag(c) M by Cholesky; `damping` as in `GPTQConfig`.
+    Raises NumericsError when the damped Hessian holds NaN, or is not positive definite in float32."""
     if not bool(torch.isfinite(hessian.diagonal()).all()):
         raise NumericsError("NaN or Inf in the Hessian of a layer's inputs")
     order = hessian.diagonal().argsort(descending=True, stable=True)

@@ -172,9 +172,8 @@ def flatten(
     value: Any, shared: Mapping[ArgumentPath, int] | None = None,
     written: Callable[[int], Collection[Any]] = lambda _: (),
 ) -> NestedValue:  # fmt: skip
-    """Split nested mappings, lists and tuples into structure, constants and tensors. Key-value caches become None.
-    `shared` has numbers of the objects inside that blocks write to, by path; they may be of any class. `written` gives
-    the entries of such an object that blocks have written, which are left out."""
+    """Split nested containers into structure, constants and tensors; key-value caches become None. `shared` numbers the
+    objects inside that blocks write to, by path; `written` gives the entries of such an object to leave out."""
     consts: list[Any] = []
     leaves: list[torch.Tensor] = []
 
@@ -244,9 +243,8 @@ class TensorPool:
 
 @dataclass(frozen=True)
 class HiddenLayout:
-    """Dimensions of the hidden states of a model's blocks; samples are stored as rows [batch, tokens, all others]. Most
-    models pass [batch, tokens, width]. Hyper-connections have several streams side by side ([batch, tokens, streams,
-    width]), Gemma 3n has them in front ([streams, batch, tokens, width]), XLNet has tokens first."""
+    """Dimensions of the hidden states of blocks, stored as rows [batch, tokens, all others]. Hyper-connections have
+    several streams ([batch, tokens, streams, width]), Gemma 3n has them in front, XLNet has tokens first."""
 
     batch: int = 0
     tokens: int = 1

@@ -44,9 +44,8 @@ class CapturedInputs:
         state: SharedState | None = None, store_state: bool = False,
     ) -> torch.Tensor:  # fmt: skip
         """Run a block on `hidden` [B, T, H] of the samples with these indices; returns [B, T, H] with gradients.
-        Samples whose arguments cannot share a batch (one has no mask, another has) run in separate calls. Arguments are
-        moved to the device of `hidden`; those in the model's dtype are cast to its dtype. `state` has what earlier
-        blocks produced for this one, and with `store_state` gets what it produces for later ones."""
+        Samples whose arguments cannot share a batch (one has no mask, another has) run in separate calls. `state` has
+        what earlier blocks produced for this one, and with `store_state` gets what it produces for later ones."""
         if hidden.shape[0] != len(samples):
             raise DataError(f"hidden holds {hidden.shape[0]} samples, but {len(samples)} sample indices were given")
         calls = self._calls[block_index]
@@ -68,9 +67,8 @@ class CapturedInputs:
     def run_head(
         self, source: ModelSource, hidden: torch.Tensor, samples: Sequence[int], stop_at: str | None = None
     ) -> torch.Tensor:
-        """Run the modules after the last block on its output `hidden` [B, T, H]; returns logits [B, T, vocabulary].
-        With `stop_at`, returns the input of the module of that name instead, such as "lm_head". Modules that are not
-        loaded are loaded for this call; open `non_block_loaded(source, device)` around many calls."""
+        """Run the modules after the last block on its output `hidden` [B, T, H]; returns logits [B, T, vocabulary], or
+        the input of the module `stop_at`. Open `non_block_loaded(source, device)` around many calls."""
         given = self.links.layout.hidden(hidden.to(self.dtype))
 
         def forward(index: int, block: nn.Module, _run: Any, own: torch.Tensor, _arguments: Any) -> Any:
@@ -137,15 +135,14 @@ def capture_inputs(
     store_device: Device = "cpu", dtype: torch.dtype | None = None, disk_store: DiskStore | None = None,
     stream_experts: bool = False, links: ModelDependencies | None = None, check_isolation: bool = False,
 ) -> CapturedInputs:  # fmt: skip
-    """Run everything before the blocks on each sample, and record the arguments of each block. Only modules before the
-    blocks are loaded, and briefly one block of each class, to see what it returns. `samples`: dicts with "input_ids"
-    int64 [T], and optionally "attention_mask" [T] and "labels" [T] (-100: no loss), all of one length. `device`: where
-    to run; None: the CPU for a checkpoint, a live model's own. `store_device`: where hidden states (in `dtype`, or the
-    model's) and arguments are stored, if not in the file `disk_store`. `links`: dependencies between blocks that
-    another capture has found. `check_isolation`: run the first sample through all blocks to find them, and refuse a
-    model whose blocks cannot run one at a time; always done if blocks pass on more than hidden states [batch, tokens,
-    width]. Raises DataError for unusable samples, ModelError or UnsupportedError for blocks that do not follow each
-    other or need more than their arguments, NumericsError for NaN or Inf before the first block."""
+    """Run everything before the blocks on each sample, and record the arguments of each block; only modules before the
+    blocks are loaded, and briefly one block of each class. `samples`: "input_ids" int64 [T], and optionally
+    "attention_mask" [T] and "labels" [T] (-100: no loss), all of one length. `device`: where to run; None: the CPU for
+    a checkpoint, a live model's own. `check_isolation`: run the first sample through all blocks to find their
+    dependencies, unless another capture gave `links`, and refuse a model whose blocks cannot run one at a time; always
+    done if blocks pass on more than hidden states. Raises DataError for unusable samples, ModelError or
+    UnsupportedError for blocks that do not follow each other or need more than their arguments, NumericsError for NaN
+    or Inf before the first block."""
     inputs = _check_samples(samples)
     where = source.default_device if device is None else torch.device(device)
     if where is None:  # a live model runs where it is

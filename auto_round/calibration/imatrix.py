@@ -65,10 +65,9 @@ def write_imatrix(
     path: str | os.PathLike[str], sums: Mapping[str, torch.Tensor], tokens: Mapping[str, int | torch.Tensor],
     chunk_size: int,
 ) -> None:  # fmt: skip
-    """Write an importance matrix in the current format, which llama.cpp's `--imatrix` takes. `sums`: sums of squares by
-    the tensor's name in the GGUF file, [in] or [experts, in]; `tokens`: number of tokens of each: an integer, or one
-    per expert; `chunk_size`: tokens of one sample. Raises OutputError when the file cannot be written, DataError when
-    there are no sums, or they have NaN or Inf."""
+    """Write an importance matrix for llama.cpp's `--imatrix`: `sums` of squares by the tensor's name in the GGUF file,
+    [in] or [experts, in], over `tokens`, a number or one per expert. Raises OutputError when the file cannot be
+    written, DataError when there are no sums, or they have NaN or Inf."""
     if not sums:
         raise DataError(f"no importance was collected; there is nothing to write to {path}")
     counts = {name: torch.as_tensor(tokens[name], dtype=torch.float32).reshape(-1, 1) for name in sorted(sums)}

@@ -36,8 +36,7 @@ _O = TypeVar("_O", bound="InputObserver")
 
 class InputObserver(ABC):
     """Statistics of the inputs of layers, by layer name. `mask`, bool [B, T], says which positions count in the next
-    run of the block; None counts all. An input of another shape than [B, T, in] (an expert sees its own tokens only)
-    counts whole."""
+    run of the block; None counts all. An input of another shape (an expert sees its own tokens only) counts whole."""
 
     every_token = False  # the mask excludes padding only, not positions without a loss
     mask: torch.Tensor | None = None
@@ -127,9 +126,8 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         self[name] = (low, high)
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a layer's inputs. An expert without tokens gets those of the other experts of its
-        block, any other layer that never ran those of all layers. Raises NumericsError when the inputs have NaN or Inf,
-        or no layer ran."""
+        """Minimum and maximum of a layer's inputs; if it never ran, of the other experts of its block, or of all
+        layers. Raises NumericsError when the inputs have NaN or Inf, or no layer ran."""
         found = [self[name]] if name in self else []
         if not found and _EXPERT.search(name):
             experts = _EXPERT.sub("experts.*.", name)
@@ -156,9 +154,8 @@ def hessian_bytes(widths: Sequence[int]) -> int:
 
 
 class InputHessian(InputObserver):
-    """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum. `band` is the
-    number of channels of one diagonal block, which `observing` chooses by the widths of the layers, `passes` how often
-    a layer will run, each time on about as many tokens."""
+    """Sums of x x' by layer name, ready after `close`. Layers that get the same tensor share one sum. `band`: channels
+    of one diagonal block; `passes`: how often a layer will run, each time on about as many tokens."""
 
     def __init__(self, band: int = _BAND_WIDTHS[0], passes: int = 1) -> None:
         self.band, self.passes = band, passes
@@ -216,9 +213,8 @@ class InputHessian(InputObserver):
 
 
 class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
-    """Largest absolute value of each head of keys, values or queries, float32 [heads], by name such as "self_attn.k".
-    Padding is excluded, but positions without a loss count: they are in the cache too. `expected` are names that the
-    code of the attention passes on, so that they must be observed when their block runs."""
+    """Largest absolute value of each head of keys, values or queries, float32 [heads], by name such as "self_attn.k";
+    only padding is excluded. `expected`: names that must be observed when their block runs."""
 
     every_token = True
 
@@ -296,9 +292,8 @@ class _ObservingCache:
 
 @contextmanager
 def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> Iterator[KVCacheObserver]:
-    """Observe the keys and values, and on request the queries, of the attention modules that run inside. Keys and
-    values are observed as the attention passes them to its cache, where a runtime rounds them, by one that stores
-    nothing; queries as they enter the attention function. Everything is restored at the end."""
+    """Observe the keys and values, and on request the queries, of the attention modules that run inside: as the
+    attention passes them to its cache, here one that stores nothing, and as queries enter the attention function."""
     states = "kvq" if queries else "kv"
     observer = KVCacheObserver(f"{a.name}.{state}" for a in attentions for state in states if state in a.shows)
     with ExitStack() as stack:

@@ -48,9 +48,8 @@ def _powers(exponents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """Scales 2**-127 .. 2**127, one byte each (E8M0, OCP MX v1.0, 5.4.1). `up` False is `floor(log2(largest)) - emax`
-    (OCP MX v1.0, 6.3), with which the largest values may saturate; True the smallest power with which none does ("round
-    up", as NVIDIA's conversion instructions)."""
+    """Scales 2**-127 .. 2**127, a byte each (E8M0, OCP MX v1.0, 5.4.1): `floor(log2(largest)) - emax` (6.3 there), with
+    which the largest values may saturate, or with `up` the smallest power with which none does."""
 
     has_global_scale: ClassVar[bool] = False  # stored scales are relative to one of the whole tensor
     element: MinifloatType
@@ -131,9 +130,8 @@ def global_scale_of(largest: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class BlockFloatSpec:
-    """One small float type: the rule of its scales, which knows the element type. The rule makes stored scales of the
-    largest magnitudes of blocks (`scale`), rounds scales to what can be stored, and gives the neighbours of such ones
-    (`candidates`), in float32 of any shape."""
+    """One small float type: the rule that makes stored scales of the largest magnitudes of blocks (`scale`), rounds
+    scales to what can be stored, and gives their neighbours (`candidates`), in float32 of any shape."""
 
     rule: PowerOfTwo | BlockScale | PlainScale
     family: str = "float"  # what formats that know the type call it: `mx_fp`, `mx_int`, `nv_fp`, `fp`
@@ -170,10 +168,9 @@ def encode(
     tensor: Tensor, spec: BlockFloatSpec, group_size: GroupSize, *, scale: Tensor | None = None,
     v: Tensor | None = None, global_scale: Tensor | None = None,
 ) -> FloatCodes:  # fmt: skip
-    """The exact codes of a weight [out, in], computed in float32, a few rows at a time. `scale`: stored scales to use,
-    in the returned shape; None computes them by the rule; `v`: rounding deltas [R, M, C, N] (see `codecs.minifloat`) in
-    units of the element's step at each weight; `global_scale`: for types that have one; None computes it from the
-    tensor."""
+    """The exact codes of a weight [out, in], computed in float32, a few rows at a time, on stored scales in the
+    returned shape, or by default on those of the rule. `v`: rounding deltas [R, M, C, N] in units of the element's
+    step."""
     out, columns = int(tensor.shape[0]), int(tensor.shape[1])
     blocks = as_blocks(tensor, group_size)
     r, m, c, n = blocks.shape
@@ -204,9 +201,8 @@ def search_scales(
     weight: Tensor, spec: BlockFloatSpec, group_size: GroupSize, importance: Tensor | None = None,
     global_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Stored scales float32 [R, C] of a weight [out, in]: of each block the one with the least importance-weighted
-    squared error among that of the rule and its neighbours. `importance`: [in], >= 0, the second moment of each input
-    channel; None weighs all alike."""
+    """Stored scales float32 [R, C] of a weight [out, in]: of each block the one with the least squared error, weighted
+    by `importance` [in], among that of the rule and its neighbours."""
     blocks = as_blocks(weight, group_size)
     _, _, c, n = blocks.shape
     given = torch.ones(weight.shape[1]) if importance is None else importance

@@ -83,9 +83,9 @@ def quant_tensor_w4fp8(
     min_scale: Tensor | float = 1.0, max_scale: Tensor | float = 1.0, scale_dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
-    """Quantize and dequantize: round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q`
-    of 2 to 8 bits in groups, `w = s8 * (s * q)`. The groups' scales are bfloat16 whatever `scale_dtype` is. Returns
-    (dequantized tensor of the same shape and dtype, scale `s8 * s` float32 [out, groups], zero point 2**(bits-1))."""
+    """Round [out, in] to e4m3 with one scale `s8`, then those values to symmetric integers `q` of 2 to 8 bits in groups
+    with bfloat16 scales, `w = s8 * (s * q)`; returns (values like `tensor`, `s8 * s` float32 [out, groups], zero
+    point)."""
     values, scale8, _ = quantize_float(tensor.float(), _E4M3_SPEC, 0)
     factor = scale8.reshape(())
     offset = v / factor if isinstance(v, Tensor) else v / float(factor)

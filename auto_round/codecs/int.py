@@ -65,9 +65,8 @@ def integer_qparams(
     tensor_max: Tensor | None = None,
 ) -> QuantParams:  # fmt: skip
     """Scale and zero point of each group [..., group_size] from its minimum (at most 0) and maximum (at least 0), or
-    from the known `tensor_min` and `tensor_max` [..., 1], times the factors `min_scale` and `max_scale`. `sym`: the
-    full range with the zero point 2**(bits-1), else integer zero points 0 .. 2**bits-1; `threshold`: smallest |scale|,
-    None or 0 for the usual one."""
+    from known ones [..., 1], times `min_scale` and `max_scale`. `sym`: the full range with the zero point 2**(bits-1),
+    else integer zero points 0 .. 2**bits-1; `threshold`: smallest |scale|, None or 0 for the usual one."""
     low = groups.amin(-1, keepdim=True).clamp(max=0) if tensor_min is None else tensor_min
     high = groups.amax(-1, keepdim=True).clamp(min=0) if tensor_max is None else tensor_max
     low, high = low * min_scale, high * max_scale
@@ -133,9 +132,9 @@ _REFITS = 2
 def search_qparams(
     groups: Tensor, bits: int, sym: bool, importance: Tensor | None = None, scale_dtype: torch.dtype = torch.float16
 ) -> QuantParams:
-    """Scales [rows, groups, 1] and zero points of groups [rows, groups, group_size] with the least importance-weighted
-    squared error among the candidates and the plain ones, as `scale_dtype` stores them. `importance`: [groups,
-    group_size], >= 0, the second moment of each input channel; None weighs all alike."""
+    """Scales [rows, groups, 1] and zero points of groups [rows, groups, group_size] with the least squared error,
+    weighted by `importance` [groups, group_size], among the candidates and the plain ones, as `scale_dtype` stores
+    them."""
     rows, count, size = groups.shape
     ones = torch.ones(count * size, device=groups.device)
     weights = normalized_importance(ones if importance is None else importance.to(groups.device)).view(1, count, size)
@@ -212,10 +211,8 @@ def _weight_function(sym: bool) -> QuantFunc:
         q_scale_thresh: float = 0.0, imatrix: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
         """Quantize and dequantize a tensor [out, in] (or any shape; the last dimension is grouped) with 2 to 8 bits;
-        returns (dequantized tensor, scale float32 [out, groups], zero point: 2**(bits-1) when symmetric, else integers
-        [out, groups]). `v` is added before rounding, in units of the tensor; `min_scale`, `max_scale`: factors on each
-        group's extremes, which `tensor_min` and `tensor_max` [groups, 1] give if they are known; `q_scale_thresh`:
-        smallest |scale|, 0 for the usual one."""
+        returns (values like `tensor`, scale float32 [out, groups], zero point: a number when symmetric, else integers
+        [out, groups]). `kwargs` may give `tensor_min` and `tensor_max`, known extremes [groups, 1]."""
         groups, columns = reshape_pad_tensor_by_group_size(tensor, group_size)
         padded_shape, blocks = groups.shape, isinstance(group_size, tuple)
         groups = groups.flatten(2) if blocks else groups  # one group a block

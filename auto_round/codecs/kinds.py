@@ -32,9 +32,9 @@ from auto_round.schemes import QuantizationScheme
 
 
 def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = None) -> Codec:
-    """The codec of a scheme; for a layer of that width, where a type needs whole blocks. Raises UnsupportedError when
-    there is no such data type, or not with that many bits. `ggml`: name of the ggml type that stores the layer, where a
-    plan says so; plain integers may be both."""
+    """The codec of a scheme; for a layer of that width, where a type needs whole blocks, and stored in the ggml type of
+    that name, if a plan says so. Raises UnsupportedError when there is no such data type, or not with that many
+    bits."""
     if scheme.bits >= 16:
         return Unquantized(scheme)
     if ggml is not None:

@@ -23,8 +23,7 @@ def group_count(in_features: int, group_size: int) -> int:
 
 class Codes(ABC):
     """A quantized matrix [out, in], as a frozen dataclass of tensors, numbers and names; each kind is a subclass.
-    `ggml` is the ggml type that stores it, such as "Q4_K", or None. `not_finite` says what is wrong when `is_finite` is
-    false."""
+    `ggml` is the ggml type that stores it, or None; `not_finite` what is wrong when `is_finite` is false."""
 
     codes: Tensor
     not_finite = "NaN or Inf in the weights or their scales; check the layer's weights"

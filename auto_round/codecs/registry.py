@@ -50,9 +50,8 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def reshape_pad_tensor_by_group_size(tensor: Tensor, group_size: GroupSize, value: float = 0.0) -> tuple[Tensor, int]:
-    """Cut the last dimension into groups, padded with `value`. `tensor`: [..., in]; more than two dimensions are
-    flattened to rows of `in`; `group_size`: >0 groups of that many; -1, or a size above `in`: one group a row; 0: the
-    whole tensor is one group; (M, N): blocks of M rows and N columns. Returns the groups, [groups, group_size] (blocks:
+    """Cut the last dimension of [..., in] into groups, padded with `value`: of `group_size` > 0, one a row for -1 or a
+    size above `in`, the whole tensor for 0, blocks for (M, N). Returns the groups, [groups, group_size] (blocks:
     [rows/M, columns/N, M, N]), and the number of columns before padding."""
     columns = int(tensor.shape[-1]) if tensor.dim() else 1
     flat = tensor.reshape(-1, columns)

@@ -16,7 +16,6 @@ from auto_round._version import __version__
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.formats.cache_scales import CacheScheme
 from auto_round.layouts.base import Layout, TensorSpecs
 from auto_round.schemes import MIXED_PRESETS, PRESET_SCHEMES, GroupSize, QuantizationScheme
 
@@ -32,6 +31,59 @@ DEFAULT_SETTINGS: Mapping[str, Any] = MappingProxyType(
         "static_attention_granularity": "tensor",
     }
 )  # fmt: skip
+
+
+FP8_MAXIMUM = 448.0  # of e4m3, OCP OFP8 v1.0, 5.1
+_GRANULARITIES = ("tensor", "head")
+_DTYPES = ("fp8", "float8_e4m3fn")
+_SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
+
+
+@dataclass(frozen=True)
+class CacheScheme:
+    """Static FP8 scales of keys and values, and of queries if asked for, one per "tensor" or "head": float32 tensors of
+    an attention module, by which a runtime divides these states before rounding to e4m3."""
+
+    keys_values: str
+    queries: str | None = None
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return ("k_scale", "v_scale") if self.queries is None else ("k_scale", "q_scale", "v_scale")
+
+    def granularity(self, leaf: str) -> str:
+        """The granularity of one of `leaves`: "tensor" or "head"."""
+        return self.queries if leaf == "q_scale" and self.queries is not None else self.keys_values
+
+    def describe(self) -> str:
+        """One phrase, such as `fp8 keys and values, one scale per tensor`."""
+        words = f"fp8 keys and values, one scale per {self.keys_values}"
+        return words if self.queries is None else f"{words}; fp8 queries, one per {self.queries}"
+
+
+def parse_cache_scheme(
+    kv_dtype: Any, kv_granularity: Any, attention_dtype: Any, attention_granularity: Any
+) -> CacheScheme | None:
+    """The scheme that `static_kv_dtype` and the other three options request, or None; `static_attention_dtype` alone
+    adds scales of keys and values. Raises ConfigError for a value that is not allowed, or a granularity without a
+    dtype."""
+    for what, dtype, granularity in (
+        ("static_kv", kv_dtype, kv_granularity), ("static_attention", attention_dtype, attention_granularity),
+    ):  # fmt: skip
+        if dtype is not None and str(dtype).removeprefix("torch.").lower() not in _DTYPES:
+            raise ConfigError(f"{what}_dtype={dtype!r} is not allowed; use {' or '.join(_DTYPES)}, or leave it out")
+        if granularity not in _GRANULARITIES:
+            raise ConfigError(f"{what}_granularity={granularity!r} is not allowed; use {' or '.join(_GRANULARITIES)}")
+        if granularity != "tensor" and dtype is None:
+            raise ConfigError(f"{what}_granularity={granularity!r} has no effect without {what}_dtype='fp8'")
+    if attention_dtype is None:
+        return None if kv_dtype is None else CacheScheme(kv_granularity)
+    return CacheScheme(attention_granularity if kv_dtype is None else kv_granularity, attention_granularity)
+
+
+def none_if_16_bits(value: Any) -> Any:
+    """None for a 16-bit type, whose cache needs no scales; other values unchanged."""
+    return None if str(value).removeprefix("torch.").lower() in _SIXTEEN_BITS else value
 
 
 @dataclass(frozen=True)

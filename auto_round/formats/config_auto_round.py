@@ -31,9 +31,8 @@ _SIZES = MappingProxyType({"int": SizeRule(32, 32, whole_groups=False)})
 
 
 def flip_zero_zero_points(layer: QuantizedLayer) -> QuantizedLayer:
-    """The same weights without zero points of 0, for files that store zero points minus one. 0 - 1 wraps to 2**bits -
-    1: readers that add 1 to a whole word carry into the next zero point, others read 2**bits. Negating the scale of
-    such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M)."""
+    """The same weights without zero points of 0, for files that store zero points minus one, where readers disagree
+    about it. Negating the scale of such a group is exact: with M = 2**bits - 1, s * (c - 0) = -s * ((M - c) - M)."""
     own = layer.codes_as(IntCodes)
     zero = own.zero_point
     if not isinstance(zero, torch.Tensor) or bool(zero.all()):
@@ -138,10 +137,9 @@ class AutoRoundFormat(OutputFormat):
 
 
 class LayoutFormat(AutoRoundFormat):
-    """Base class of a format with one `Layout` for all layers, described by AutoRound's `quantization_config`.
-    Transformers opens the files of a plugin's when the layout is registered too
-    (`auto_round.inference.table.register_layout`). `stored_layout`: packs a layer; `packing_format`: name of the layout
-    in the config."""
+    """Base class of a format with one `Layout` for all layers, described by AutoRound's `quantization_config` as
+    `packing_format`. Transformers opens a plugin's files when the layout is registered too (`register_layout` of
+    `auto_round.inference.table`)."""
 
     stored_layout: ClassVar[Layout]
     packing_format: ClassVar[str]

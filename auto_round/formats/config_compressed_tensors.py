@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from auto_round.codecs.kinds import codec_of
-from auto_round.formats.base import ExportPlan, OutputFormat, SizeRule, number_pattern, register_format
-from auto_round.formats.cache_scales import CacheScheme
+from auto_round.formats.base import CacheScheme, ExportPlan, OutputFormat, SizeRule, number_pattern, register_format
 from auto_round.formats.config_auto_round import LLM_COMPRESSOR, LayoutFormat
 from auto_round.layouts.base import Layout
 from auto_round.layouts.floats import COMPRESSED_TENSORS_FLOATS
@@ -25,9 +24,8 @@ _SIZES = dict.fromkeys(("int", "mx_fp", "nv_fp", "fp"), _WHOLE_GROUPS)
 
 @dataclass(frozen=True)
 class _NumberType:
-    """One type of numbers in the library's words. `formats`, `layouts`: of weights alone, and with quantized inputs:
-    the library's names, and as packed here; `kind`, `strategy`, `scale_dtype`: values of its `QuantizationArgs`; the
-    strategy of groups; `group`: the only group size, or None for any."""
+    """One type of numbers in the library's words: its formats of weights alone and with quantized inputs, and the
+    layouts here; values of its `QuantizationArgs`; the only group size, or None for any."""
 
     formats: tuple[str, str]
     kind: str = "float"
@@ -177,9 +175,8 @@ class CompressedTensorsFormat(OutputFormat):
 
 
 class PackedInt8Format(LayoutFormat):
-    """The int8 tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens.
-    Earlier versions wrote it as `auto_round:llm_compressor`. It is not registered; the model that `quantize()` returns
-    describes its int8 layers with it."""
+    """The int8 tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens. It is
+    not registered: the model that `quantize()` returns describes its int8 layers with it."""
 
     stored_layout: ClassVar[Layout] = PLAIN_INT
     packing_format: ClassVar[str] = LLM_COMPRESSOR

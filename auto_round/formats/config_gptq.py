@@ -57,9 +57,9 @@ class AutoGptqFormat(AutoRoundGptqFormat):
 
 
 def dynamic_rules(plan: ExportPlan, default: QuantizationScheme) -> dict[str, Rule]:
-    """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for unquantized ones.
-    Layers whose names differ only in numbers (of blocks, of experts) share one rule where all of them agree. Engines
-    look up q, k and v under the name of the fused matrix, so rules that hold for all members are written for it too."""
+    """GPTQModel's `dynamic`: regular expressions of layers that differ from the default, `-:` for unquantized ones; one
+    for layers whose names differ only in numbers. Engines look up q, k and v under the name of the fused matrix, so it
+    gets one too."""
     rules: dict[str, Rule | None] = {name: _rule(plan.layers[name]) for name in plan.quantized_layers()}
     rules.update(dict.fromkeys(plan.dense_in_blocks()))
     fused: dict[str, list[str]] = {}
@@ -110,10 +110,9 @@ def _quantized_module_names(plan: ExportPlan) -> list[str]:
 
 @register_format("auto_awq")
 class AutoAwqFormat(AutoRoundAwqFormat):
-    """AWQ, version gemm, 4 bits; zero points are stored unchanged, 8 for every group of a symmetric layer. Readers take
-    every linear layer that `modules_to_not_convert` does not match for packed. vLLM and SGLang match it by substring,
-    Transformers by regular expression or suffix, so full names are written. A packed output head cannot be described:
-    Transformers and AutoAWQ always leave it unquantized."""
+    """AWQ, version gemm, 4 bits; zero points are stored unchanged. Readers take every linear layer that
+    `modules_to_not_convert` does not match, by substring, regular expression or suffix, for packed, so full names are
+    written. A packed output head cannot be described: Transformers and AutoAWQ always leave it unquantized."""
 
     cache_scale_tail: ClassVar[tuple[int, ...] | None] = None
     requires_full_groups: ClassVar[bool] = True

@@ -130,10 +130,9 @@ def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:
-    """The conversion of a model with this Transformers configuration (or the values of its config.json) to GGUF.
-    `sources`: shapes of its tensors by name, needed for the shapes in the file. Raises UnsupportedError when the family
-    is unknown, llama.cpp would run a different model or has no tensor for a source, or the package gguf is missing,
-    ModelError when a configuration value or tensors are missing."""
+    """The conversion of a model with this configuration, or the values of its config.json, and tensors of these shapes.
+    Raises UnsupportedError when the family is unknown, llama.cpp would run a different model or has no tensor for a
+    source, or the package gguf is missing, ModelError when a configuration value or tensors are missing."""
     settings = HfConfig.of(config)
     kind = settings.model_type
     if kind not in FAMILIES:
@@ -197,11 +196,11 @@ def plan_file(
     file_type: str, conversion: Conversion, with_importance: bool, tied: Iterable[str], tokenizer: Any, config: Any,
     folder: str | Path | None = None, name: str = "",
 ) -> GgufPlan:  # fmt: skip
-    """Place every tensor of the model, choose its type, and make the file's metadata. `file_type`: a key of
-    `file_types.FILE_TYPES`; `with_importance`: whether an importance matrix is used, on which a few of llama.cpp's
-    choices depend; `tied`: names that share another tensor's storage and are not stored; `folder`, `name`: of the
-    model, as given by the user. Raises UnsupportedError when the architecture has no tensor for a source, or llama.cpp
-    no such tokenizer, ModelError when there is no tokenizer, or it does not fit the embedding."""
+    """Place every tensor of the model, choose its type, and make the file's metadata. `with_importance`: an importance
+    matrix is used, on which a few of llama.cpp's choices depend; `tied`: names that share another tensor's storage;
+    `folder`, `name`: of the model, as given by the user. Raises UnsupportedError when the architecture has no tensor
+    for a source, or llama.cpp no such tokenizer, ModelError when there is no tokenizer, or it does not fit the
+    embedding."""
     shapes, keys = conversion.tensors, conversion.metadata()
     sizes = {pair.key.partition(".")[2]: pair.value for pair in keys}
     heads = sizes["attention.head_count"]

@@ -147,10 +147,9 @@ def tensor_types(
     name: str, arch: str, tensors: Sequence[tuple[str, Sequence[int]]], sizes: ModelDimensions,
     importance: bool = False,
 ) -> tuple[dict[str, str], dict[str, str]]:  # fmt: skip
-    """The type of each tensor in a file of type `name`; the type by the rules where rows do not fill its blocks.
-    `arch`: llama.cpp's name of the architecture; `tensors`: (name in the file, shape in torch's order); [experts, out,
-    in] for stacked experts. Without an `output.weight`, the token embedding is the head and gets the head's type;
-    `importance`: whether an importance matrix is used."""
+    """The type of each tensor (name in the file, shape in torch's order) in a file of type `name`; and that by the
+    rules where rows do not fill its blocks. Without an `output.weight`, the token embedding is the head and gets its
+    type."""
     roles = {tensor: next((role for part, role in _ROLES if part in tensor), "") for tensor, _ in tensors}
     tied = "output.weight" not in roles
     roles |= {"output.weight": "output", **dict.fromkeys(_EMBEDDINGS, "output" if tied else "embedding")}

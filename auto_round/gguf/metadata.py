@@ -63,10 +63,9 @@ def general_metadata(
     arch: str, tensors: Mapping[str, tuple[int, ...]], file_type: int, *, folder: str | Path | None = None,
     name: str = "",
 ) -> list[KeyValue]:  # fmt: skip
-    """The keys general.*, as the `gguf` package finds them for llama.cpp from the model's card, configuration and name.
-    `tensors`: shapes of all tensors of the file; `file_type`: a `gguf.LlamaFileType`; `folder`: with the model's
-    README.md, config.json and generation_config.json; `name`: as given by the user, a folder, or an id such as
-    "org/Model-7B"."""
+    """The keys general.*, as the `gguf` package finds them for llama.cpp from the files in the model's `folder` and its
+    `name`, given by the user: a folder, or an id such as "org/Model-7B". `tensors`: shapes; `file_type`: a
+    `gguf.LlamaFileType`."""
     gguf = gguf_package()
     total = sum(map(math.prod, tensors.values()))
     path = Path(folder) if folder is not None else None

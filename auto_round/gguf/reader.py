@@ -46,8 +46,7 @@ class GgufHeader(NamedTuple):
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
     """The header of a GGUF file of version 2 or 3. Raises DataError, which names the file and the problem, when it
-    cannot be read, is no such file, is truncated, has duplicate names, or a tensor outside the file or of an unknown
-    type."""
+    cannot be read, is damaged, or has a tensor of an unknown type."""
     try:
         with open(path, "rb") as file:
             return _Reader(file, Path(path)).header()

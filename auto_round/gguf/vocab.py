@@ -58,9 +58,8 @@ def looks_special(text: str) -> bool:
 
 
 def _tokens(model: Mapping[str, Any], added: Mapping[int, Any], rows: int, folder: str | Path | None) -> TokenList:
-    """Tokens of the BPE model of a tokenizer.json; with scores where it is SentencePiece's (with byte fallback).
-    SentencePiece merges the pair whose result has the best score, and tokenizer.json lists pairs by that score. So
-    without a tokenizer.model, a token's score is minus the rank of the first pair that produces it."""
+    """Tokens of the BPE model of a tokenizer.json; with scores where it is SentencePiece's (with byte fallback), which
+    lists pairs by score: without a tokenizer.model, minus the rank of the first pair that produces the token."""
     scored = bool(model.get("byte_fallback"))
     tokens = TokenList([f"[PAD{i}]" for i in range(rows)], [UNUSED] * rows, [_UNUSED_SCORE] * rows if scored else [])
     if scored and folder is not None and Path(folder, "tokenizer.model").is_file():
@@ -136,10 +135,9 @@ class Vocabulary(NamedTuple):
 
 
 def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | Path | None = None) -> Vocabulary:
-    """A Transformers tokenizer for a GGUF file whose embedding has `rows`; ids without a token get a placeholder.
-    `config`: the model's, for special tokens missing in the tokenizer; `folder`: of the model, for its tokenizer.model.
-    Raises UnsupportedError when llama.cpp has no such tokenizer, ModelError when a token has no row, or two have the
-    same text."""
+    """A Transformers tokenizer for a GGUF file whose embedding has `rows`; `config`: the model's, for special tokens
+    missing in the tokenizer; `folder`: with its tokenizer.model. Raises UnsupportedError when llama.cpp has no such
+    tokenizer, ModelError when a token has no row, or two have the same text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UnsupportedError(
@@ -314,9 +312,8 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any], removes_spaces: bool) -> str:
-    """llama.cpp's name of the pre-tokenizer that equals a byte-level BPE tokenizer's, or AR_GGUF_PRE_TOKENIZER.
-    `tokenizer`: the values of its tokenizer.json. `removes_spaces`: whether decoding removes spaces before punctuation
-    (`clean_up_tokenization_spaces`). Raises UnsupportedError when llama.cpp has none."""
+    """llama.cpp's name of the pre-tokenizer that equals that of a tokenizer.json, or AR_GGUF_PRE_TOKENIZER.
+    `removes_spaces`: decoding removes spaces before punctuation. Raises UnsupportedError when llama.cpp has none."""
     if chosen := envs.get("AR_GGUF_PRE_TOKENIZER"):
         return str(chosen)
     steps = split_steps(tokenizer.get("pre_tokenizer"))

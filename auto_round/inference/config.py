@@ -184,9 +184,8 @@ class CheckpointConfig:
         self._rules = list(zip(patterns, excluding, rules.values(), strict=True))
 
     def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
-        """The format of the linear layer `name`, or None when it is in full precision. `in_block`: whether it is in a
-        quantized block. Outside blocks a layer is quantized only when it is named; `names`: names that the config may
-        use for it; default: `name` alone."""
+        """The format of the linear layer `name`, which the config may call one of `names`, or None when it is in full
+        precision. Outside blocks (`in_block` false) a layer is quantized only when it is named."""
         names = tuple(names) or (name,)
         entry = next((found for n in names if (found := self._entry(n, in_block)) is not None), None)
         if entry is not None:
@@ -331,9 +330,8 @@ def resolve_layers(
     config: CheckpointConfig, names: Sequence[str], find_blocks: Callable[[], Sequence[str]],
     config_names: Callable[[str], Sequence[str]] = lambda name: (name,),
 ) -> dict[str, LayerFormat]:  # fmt: skip
-    """The format of every quantized layer among `names`, the linear layers of the model. Raises ModelError for none.
-    `find_blocks` gives the names of the model's blocks, used when the config names none, or none that exists;
-    `config_names` the names that the config may use for a layer."""
+    """The format of every quantized layer among `names`, the model's linear layers, which the config may call
+    `config_names`. `find_blocks` is used when the config names no block that exists. Raises ModelError for no layer."""
     prefixes = tuple(f"{prefix}." for prefix in config.block_prefixes)
     inside = {n for n in names if any(called.startswith(prefixes) for called in config_names(n))}
     if not inside and config.everywhere and not prefixes:

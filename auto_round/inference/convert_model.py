@@ -355,9 +355,8 @@ def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
 
 
 def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
-    """Register a buffer in the attention modules for every k_scale, v_scale and q_scale in `files`; returns how many.
-    Transformers has no cache that uses them; they are only saved again. When the files are not known, scales that
-    `config`, the `quantization_config`, announces are ignored."""
+    """Register a buffer for every k_scale, v_scale and q_scale in `files`, which are only saved again; returns how
+    many. When the files are not known, scales that the `quantization_config` announces are ignored."""
     if files is None:
         values = config if isinstance(config, Mapping) else vars(config)
         if any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):
@@ -375,9 +374,9 @@ def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Sto
 
 
 def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
-    """Rewrite a `model.config.quantization_config` with GPTQ's or AWQ's keys in place, with AutoRound's keys.
-    Transformers saves it with quant_method "auto-round", whose readers only use those. A plain mapping, which did not
-    come from Transformers, is not changed. `names` reads the names in the files, which layers get again."""
+    """Give a `quantization_config` with GPTQ's or AWQ's keys AutoRound's, which its readers use when Transformers saves
+    it as "auto-round". A plain mapping is not changed. `names` reads the names in the files, which layers get
+    again."""
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict):
         return

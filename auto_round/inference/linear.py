@@ -159,8 +159,8 @@ class ScaledMmLinear(PackedLinear):
 
 class QuantLinear(PackedLinear):
     """y = x W^T + bias with W [out, in] packed in GPTQ or AWQ layout, and `g_idx` int32 [in] where the file has one.
-    With a kernel (`use_kernel`) the codes are stored in the kernel's layout only, and `qweight` is None; the state dict
-    always has the checkpoint's layout."""
+    With a kernel the codes are in its layout only, and `qweight` is None; the state dict always has the checkpoint's
+    layout."""
 
     qweight: torch.Tensor | None
     qzeros: torch.Tensor

@@ -303,9 +303,8 @@ def usable(backend: Backend, here: tuple[str, ...]) -> tuple[bool, str]:
 def choose_backends(
     layers: Mapping[str, tuple[LayerFormat, LayerSpec]], device: str, requested: str = AUTO
 ) -> dict[str, BackendChoice]:
-    """The backend of each layer that will run on `device`, from how it is stored and its sizes. Layers that the
-    requested backend cannot run get that of `auto`, and one warning says which and why; an info names the package that
-    would make the model faster. Raises the errors of `choose_backend` when a layer, or all cannot run."""
+    """The backend of each layer that will run on `device`. Layers that the requested one cannot run get that of `auto`,
+    and a warning says which and why. Raises the errors of `choose_backend` when a layer, or all cannot run."""
     rows = requested_rows(requested)
     kinds: dict[tuple[LayerFormat, LayerSpec], list[str]] = {}
     for name, kind in layers.items():

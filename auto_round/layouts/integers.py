@@ -210,9 +210,8 @@ class AwqLayout(GptqLayout):
 
 
 def bias_storage_dtype(sym: bool, scale_dtype: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds every bias of an MLX layer exactly. Symmetric: the zero point is a power of two,
-    and the product has the scale's own significand. Asymmetric: up to 11 bits of a float16 scale times up to 8 bits of
-    a zero point, which float32 holds and no half precision does."""
+    """The narrowest dtype that holds every bias of an MLX layer exactly: a symmetric zero point is a power of two;
+    others have up to 8 bits, times 11 of a float16 scale, which no half precision holds."""
     return scale_dtype if sym else torch.float32
 
 

@@ -17,7 +17,7 @@ from auto_round.codecs.ggml.types import ggml_type_of
 from auto_round.codecs.kinds import codec_of
 from auto_round.config import ALIASES, ON_NAN, TUNED_NAMES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
-from auto_round.formats.cache_scales import none_if_16_bits, parse_cache_scheme
+from auto_round.formats.base import none_if_16_bits, parse_cache_scheme
 from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
 from auto_round.layer_config import INFO_KEYS, parse_ignore_layers, parse_layer_config
 from auto_round.logger import logger

@@ -17,8 +17,7 @@ from auto_round.codecs.base import Codec
 from auto_round.codecs.kinds import codec_of
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.errors import UnsupportedError
-from auto_round.formats.base import ExportPlan, OutputFormat, TensorSpecs
-from auto_round.formats.cache_scales import FP8_MAXIMUM, CacheScheme
+from auto_round.formats.base import FP8_MAXIMUM, CacheScheme, ExportPlan, OutputFormat, TensorSpecs
 from auto_round.modeling.attention import find_attention, head_counts, library_error, unrecognised_attention
 from auto_round.modeling.config import read_value, text_config
 from auto_round.modeling.layer_rules import is_routed_expert

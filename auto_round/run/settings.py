@@ -15,7 +15,7 @@ from auto_round.algorithms.transforms.base import TRANSFORMS
 from auto_round.calibration.data.spec import redact_dataset
 from auto_round.config import DataConfig, QuantConfig, SourceConfig
 from auto_round.errors import ConfigError, DeviceError, UnsupportedError
-from auto_round.formats.cache_scales import CacheScheme
+from auto_round.formats.base import CacheScheme
 from auto_round.layer_config import scheme_from_entry
 from auto_round.output.writer import parse_size
 from auto_round.schemes import MixedPreset, QuantizationScheme

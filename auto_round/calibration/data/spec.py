@@ -166,10 +166,10 @@ DATASETS: dict[str, DatasetEntry] = {}
 def register_dataset(
     names: str | Iterable[str], *, description: str = "", where: str = BY_PROGRAM, concat: bool = False
 ) -> Callable[[_F], _F]:
-    """Decorator that registers a function as the reader of one or several dataset names, in place of earlier ones. The
-    function gets those of `ARGUMENTS` that it names (all with `**kwargs`), and yields documents: strings, mappings with
-    `text`, `messages` or `input_ids`, or lists of messages. It is read only as far as needed. Raises ConfigError for an
-    unusable name, or a function that requires an unknown argument."""
+    """Decorator: the function reads one or several dataset names, in place of earlier ones. It gets those of
+    `ARGUMENTS` that it names (all with `**kwargs`), and yields strings, mappings with `text`, `messages` or
+    `input_ids`, or lists of messages. Raises ConfigError for an unusable name, or a function that requires an unknown
+    argument."""
     wanted = (names,) if isinstance(names, str) else tuple(names)
     if not wanted or not all(isinstance(n, str) and n for n in wanted):
         raise ConfigError(f"register_dataset got the names {names!r}; give a name or a list of names")
@@ -198,10 +198,9 @@ def register_dataset(
 
 
 def samples_per_dataset(wanted: Sequence[int | None], total: int) -> list[int]:
-    """Samples per dataset, at most `total` in all; `wanted` is the `num=` of each, None where it was not given. If the
-    numbers fit, they are used, and the other datasets share the rest evenly. Numbers that ask for more than `total` are
-    proportions: each dataset without a number gets an even part of `total`, then the others share the rest by their
-    numbers. Every dataset gets at least one sample as long as `total` allows it."""
+    """Samples per dataset, at most `total` in all and one each if possible; `wanted` is the `num=` of each. If the
+    numbers fit, they are used, and the others share the rest evenly. Else each dataset without a number gets an even
+    part of `total`, and the others share the rest by their numbers."""
     unset = [i for i, n in enumerate(wanted) if n is None]
     asked = sum(n or 0 for n in wanted)
     if asked + len(unset) <= total:

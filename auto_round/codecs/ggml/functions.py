@@ -44,10 +44,9 @@ def _quant_function(name: str) -> QuantFunc:
         max_scale: Factor = 1.0, imatrix: Tensor | None = None, **kwargs: Any,
     ) -> tuple[Tensor, Tensor, Tensor | float]:  # fmt: skip
         """Quantize and dequantize a tensor [..., in], cut into zero-padded blocks, as a ggml type, with the steps and
-        minima of the importance-weighted search; returns (dequantized tensor, steps float32 [out, groups], minima
-        likewise, or the code of zero). `v` is added before rounding, in units of the tensor; `min_scale`, `max_scale`:
-        factors on the minima and on the steps, a number or one value a group; `imatrix`: [in], the second moment of
-        each input channel. Raises ConfigError for bits and a group size that no type has."""
+        minima of the importance-weighted search, times `max_scale` and `min_scale`; returns (values like `tensor`,
+        steps float32 [out, groups], minima likewise, or the code of zero). Raises ConfigError for bits and a group size
+        that no type has."""
         if bits not in _TYPES[name]:
             known = ", ".join(str(number) for number in _TYPES[name])
             raise ConfigError(f"data type {name!r} has no type of {bits} bits; give bits={known}")

@@ -152,8 +152,8 @@ def fit_with_minimum(x: Tensor, weight: Tensor, top: int, ranges: Tensor, absolu
 
 def fit_symmetric(x: Tensor, weight: Tensor, zero: int, ranges: Tensor) -> Fit:
     """Steps (of either sign) of columns `x` with small squared errors, weighted by `weight`. Each candidate range maps
-    the value of the largest magnitude to its end and proposes codes, -zero to zero - 1; the least-squares step with the
-    largest reduction of the error is kept. The first range is the starting point."""
+    the value of the largest magnitude to its end; the least-squares step with the largest reduction of the error is
+    kept."""
     extreme = signed_absmax(x, 0)
     none = extreme.abs() < MIN_MAGNITUDE
     terms, pull, codes = OrderedSum(x), weight * x, torch.empty_like(x)

@@ -214,9 +214,8 @@ _WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as frac
 
 
 def choose_super_scale(values: Tensor, weights: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """(d, k): the super-block scale float16 in float32 [1, B] with the least `sum a (v - d k)^2` over the groups, among
-    `_WIDTHS`, and its integers float32 [g, B] from `low` to `high`. `values`: v, not negative where `low` is 0;
-    `weights`: a."""
+    """(d, k): the scale float16 in float32 [1, B] with the least `sum a (v - d k)^2` over the groups, among `_WIDTHS`,
+    and its integers float32 [g, B] from `low` to `high`. `values`: v, not negative where `low` is 0; `weights`: a."""
     top, bottom = values.amax(0, keepdim=True), values.amin(0, keepdim=True)
     base = top / high if low == 0 else torch.where(top > -bottom, top, bottom) / low
     # All candidates at once, [g, candidates, B], because single ones are small.
@@ -319,10 +318,9 @@ _GPU_CHUNK = 1 << 23
 def search_blocks(
     weight: Tensor, name: str, importance: Tensor | None = None, quick: bool = False, codes: bool = True
 ) -> GgmlBlocks:
-    """Blocks of a matrix [out, in] in the ggml type `name` with a small importance-weighted squared error. For NaN or
-    Inf weights d is not finite or the codes are arbitrary; callers check. `importance`: [in], >= 0: the second moment
-    of each input channel; None weighs all alike; `quick`: a fifth of the time: fewer starts and no perturbations.
-    Enough for GPTQ, whose gain is far larger; `codes`: False leaves the codes uninitialized."""
+    """Blocks of a matrix [out, in] in the ggml type `name` with a small squared error, weighted by `importance` [in].
+    For NaN or Inf weights d is not finite or the codes are arbitrary; callers check. `quick`: a fifth of the time,
+    enough for GPTQ, whose gain is far larger; without `codes` these are left uninitialized."""
     kind, config = GGML_TYPES[name], SEARCH_CONFIGS[name]
     config = SearchConfig(config.starts[:4], (), refits=1) if quick else config
     out, columns = weight.shape

@@ -167,9 +167,8 @@ def _torch_openmp() -> int | None:
 
 
 class CpuKernel(LinearKernel):
-    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size, symmetric or not. Inputs are rounded to 16-bit
-    integers per group of at most 128 columns; all else up to the sums of a group is exact. Results do not depend on the
-    number of threads or on how many rows are computed together."""
+    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size. Inputs are rounded to 16-bit integers per group of
+    at most 128 columns; all else up to the sums of a group is exact, whatever the number of threads or rows."""
 
     packed: torch.Tensor
 

@@ -186,10 +186,9 @@ class TilePlan(NamedTuple):
 
 
 def vector_plan(blocks: int, padded: int, units: int) -> tuple[int, int, int]:
-    """For `blocks` blocks and `padded` columns on `units` multiprocessors of 16 warps: columns and warps of a vector
-    program, and programs that split the blocks. 32 columns per program are whole lines of 128 bytes; 16 when there
-    would be far fewer programs than `units`. Blocks are split among the warps of a program, and then among programs,
-    which needs a second launch to add the parts."""
+    """Columns and warps of a vector program on `units` multiprocessors of 16 warps, and programs that split the blocks.
+    32 columns are whole lines of 128 bytes; 16 when there would be far fewer programs than `units`. Blocks are split
+    among the warps of a program, and then among programs, which needs a second launch to add the parts."""
     columns = 32 if padded // 32 * 4 >= units * 3 else 16
     parts = max(1, min(units // (padded // columns), blocks // 4, 16))
     programs = padded // columns * parts

@@ -37,10 +37,9 @@ def _missing(operation: str) -> str | None:
 
 
 class CpuInt4(LinearKernel):
-    """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`. It computes scale * (code - 8) + offset with
-    scale and offset in bfloat16: weights are rounded by up to 2**-9. The offset, scale * (8 - zero), is zero for
-    symmetric weights, and for 2 and 3 bits, where code - zero + 8 fits into 4 bits and is stored instead of the
-    code."""
+    """Weights of 2, 3 and 4 bits through `_weight_int4pack_mm_for_cpu`, which computes scale * (code - 8) + offset in
+    bfloat16. The offset, scale * (8 - zero), is zero for symmetric weights, and for 2 and 3 bits, where code - zero + 8
+    fits into 4 bits and is stored instead of the code."""
 
     packed: torch.Tensor
     scales: torch.Tensor

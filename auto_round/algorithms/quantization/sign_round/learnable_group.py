@@ -97,8 +97,7 @@ class LearnableGroup:
     ) -> None:  # fmt: skip
         """Layers with equal in_features and scheme; only one when scales are per tensor. One a layer: `starts`, the
         scales where tuning starts, and `codes`, uint8 [out, in] where rounding starts, None where the grid says.
-        `compute_dtype` is that of the matrix products; `adam` updates by AdamW, not by the sign; `compile_step`
-        compiles the elementwise passes."""
+        `compute_dtype` is that of the matrix products; `compile_step` compiles the elementwise passes."""
         self.tasks, self.scheme, self.codec = list(tasks), tasks[0].scheme, tasks[0].codec
         self.grid = grid = self.codec.tunable(starts)
         self.compute_dtype, self.tune_scale = compute_dtype, tune_scale
@@ -288,9 +287,9 @@ class TunableLinear(torch.nn.Module):
 
 
 class AutogradTunableLinear(torch.nn.Module):
-    """Replaces a linear while its block is tuned with autograd through the function of any registered data type. The
-    function's `v` is in units of the weight and steps are in units of one code, so `v = u * unit`, with `unit` the
-    scale that the untuned function returned, expanded to one value per weight."""
+    """Replaces a linear while its block is tuned with autograd through the function of any data type, whose `v` is in
+    units of the weight. Steps are in units of one code: `v = u * unit`, the scale that the untuned function
+    returned."""
 
     def __init__(
         self, task: LayerTask, compute_dtype: torch.dtype, scale_dtype: torch.dtype, tune_scale: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any, TypeVar
@@ -39,9 +39,8 @@ _TOKENS_PER_LAYER = 128
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples of `tokens` tokens in one pass through a block with `layers` tuned layers. On a CPU fewer than the batch:
-    the same time with less memory, since activations are kept for one pass only. Blocks of many layers, such as
-    mixtures of experts, get more tokens to amortize each layer's call."""
+    """Samples of `tokens` tokens in one pass. On a CPU fewer than the batch: the same time with less memory, since
+    activations are kept for one pass only. Blocks of many layers get more tokens to amortize each layer's call."""
     if device.type != "cpu":
         return batch
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
@@ -147,7 +146,20 @@ class SignRoundQuantizer:
         tunables: list[Tunable] = []
         replacements: dict[str, torch.nn.Module] = {}
         for tasks in stack_tasks([layer for layer in task.layers if layer.codec.tuned(layer.weight.shape[1])]):
-            group = self._learnable_group(tasks, options)
+            # Started from searched scales and codes by error feedback.
+            device, damping = tasks[0].weight.device, DAMPING if self.gptq is None else self.gptq.damping
+            begin = partial(
+                feedback_start, optimized=self.optimized_start, scale_dtype=self.scale_dtype, damping=damping,
+                known=shared_hessian_factors(tasks, damping, device),
+            )  # fmt: skip
+            starts, codes = zip(*parallel_map(begin, tasks, device), strict=True)
+            own: dict[str, Any] = {
+                "compile_step": self.compile_step,
+                "codes": codes if any(part is not None for part in codes) else (),
+            }
+            if not tasks[0].codec.tunes_scales and config.minmax_lr is None:
+                own["tune_scale"] = False
+            group = LearnableGroup(tasks, starts, **{**options, **own})
             tunables.append(group)
             replacements |= {layer.name: TunableLinear(group, index) for index, layer in enumerate(tasks)}
         for layer in task.layers:
@@ -156,20 +168,6 @@ class SignRoundQuantizer:
                 tunables.append(one)
                 replacements[layer.name] = one
         return tunables, replacements
-
-    def _learnable_group(self, tasks: Sequence[LayerTask], options: Mapping[str, Any]) -> LearnableGroup:
-        """The learnable group of layers with one codec, started from searched scales and codes by error feedback."""
-        device = tasks[0].weight.device
-        damping = DAMPING if self.gptq is None else self.gptq.damping
-        begin = partial(
-            feedback_start, optimized=self.optimized_start, scale_dtype=self.scale_dtype, damping=damping,
-            known=shared_hessian_factors(tasks, damping, device),
-        )  # fmt: skip
-        starts, codes = zip(*parallel_map(begin, tasks, device), strict=True)
-        own = {"compile_step": self.compile_step, "codes": codes if any(part is not None for part in codes) else ()}
-        if not tasks[0].codec.tunes_scales and self.config.minmax_lr is None:
-            own["tune_scale"] = False
-        return LearnableGroup(tasks, starts, **{**options, **own})
 
     def _tune(self, task: BlockTask, layers: Sequence[Tunable]) -> tuple[float, float]:
         """Tune the layers to their best state; returns the held-out loss before and after."""
