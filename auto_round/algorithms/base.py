@@ -130,6 +130,7 @@ def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
 
 
 def empty_device_cache(device: torch.device) -> None:
+    """Release PyTorch's cached memory to the device."""
     gc.collect()
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()

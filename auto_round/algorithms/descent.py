@@ -29,6 +29,7 @@ def damp(hessian: Tensor, damping: float) -> Tensor:
 
 
 def row_slices(weight: Tensor) -> list[slice]:
+    """Slices of rows that are rounded together."""
     out, columns = weight.shape
     step = max(1, _CHUNK.get(weight.device.type, _CHUNK["other"]) // columns)
     return [slice(start, start + step) for start in range(0, out, step)]

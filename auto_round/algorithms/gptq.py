@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from threading import Lock
 from typing import Any, cast
@@ -101,9 +101,11 @@ def shared_hessian_factors(tasks: Sequence[LayerTask], damping: float, device: t
 def gptq_codes(weight: Tensor, grid: Grid, factors: Sequence[HessianFactor]) -> Tensor:
     """The codes of a weight, uint8 [out, in], by error feedback, with a factor for each band of input channels."""
     codes, start = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), 0
+    if isinstance(grid.zero, Tensor):  # zero points that differ become minima
+        grid = replace(grid, zero=0, minimum=-grid.scale * grid.zero)
     for factor in factors:
         band = slice(start, start + factor.order.shape[0])
-        round_rows = partial(_round_rows, codes, weight, grid.with_minima(), factor, band)
+        round_rows = partial(_round_rows, codes, weight, grid, factor, band)
         parallel_map(round_rows, row_slices(weight), weight.device)
         start = band.stop
     return codes

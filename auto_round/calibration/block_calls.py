@@ -79,6 +79,7 @@ def run_model(
 
 
 def call_block(block: Callable[..., Any], hidden: torch.Tensor, arguments: Arguments) -> Any:
+    """Call a block with hidden states and the other arguments."""
     args, kwargs, key = arguments
     return block(hidden, *args, **kwargs) if key is None else block(*args, **{key: hidden}, **kwargs)
 

@@ -1,8 +1,7 @@
 """Check on one sample that each decoder block can run alone, and learn which tensors blocks share.
 
-Calibration records the call of every block and runs the blocks one at a time afterwards. That is right only if a block
-depends on nothing else. So each block runs twice here before any data is read: as the model calls it, and from what a
-recording holds, with module attributes restored. If the outputs differ, the model is refused.
+Each block runs twice, before any data is read: as the model calls it, and from what a recording holds, with module
+attributes restored. If the outputs differ, the model is refused.
 """
 
 from __future__ import annotations

@@ -56,7 +56,6 @@ class InputObserver(ABC):
         self.mask = None
 
     def close(self) -> None:
-        """Finish the statistics; nothing can be added afterwards."""
         self.mask = None
 
     @contextmanager

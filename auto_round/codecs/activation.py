@@ -73,6 +73,7 @@ def static_quantizer(scheme: ActivationScheme, low: Tensor, high: Tensor, stored
 
 @contextmanager
 def quantized_inputs(modules: Mapping[torch.nn.Module, ActivationQuantizer]) -> Iterator[None]:
+    """Context in which the given modules quantize their inputs."""
     handles = [module.register_forward_pre_hook(quantizer.hook) for module, quantizer in modules.items()]
     try:
         yield

@@ -1,18 +1,15 @@
 """`Codec`: what a data type is to the rest of the package. `codecs.kinds.codec_of` gives the one of a scheme.
 
-Nobody asks which kind of codes a scheme has; the codec answers what follows from it: quantizers call `start`, `encode`
-and `quantize`, error feedback `grid` and `with_codes`, tuning `tuned` and `tunable`, the planner `problem` and
-`label`; `family` is the key of the tables of formats and loaders, which get `codes` of what they read.
-
-Families: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`, `function` (a data
-type that is a function without codes), `none` (not quantized). A plugin adds a kind of its own by `register_codec`.
+Nobody asks which kind of codes a scheme has; the codec answers what follows from it. `family` is the key of the tables
+of formats and loaders: `int`, the small floats `mx_fp`, `mx_int`, `nv_fp`, `fp` and `float` (a plugin's), `ggml`,
+`function` (a data type that is a function without codes), `none` (not quantized).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -52,12 +49,6 @@ class Grid:
     mantissa: int = -1  # bits of the mantissa of minifloats; -1 for whole numbers
     smallest: float = 0.0  # normal value of minifloats
     encode: Callable[[Tensor], Tensor] | None = None  # uint8 codes of minifloats
-
-    def with_minima(self) -> Grid:
-        """The same values with one zero for all groups: zero points that differ become minima."""
-        if not isinstance(self.zero, Tensor):
-            return self
-        return replace(self, zero=0, minimum=-self.scale * self.zero)
 
     def per_weight(self, values: Tensor, rows: slice, band: slice) -> Tensor:
         """What each group has, [out, groups], for each weight of some rows and of a band of input channels."""

@@ -1,9 +1,8 @@
 """Integer codec: scale and zero point of a group, codes, and fake quantization of weights and activations.
 
-Weights: symmetric types use the full range: the element of largest magnitude maps to -2**(bits-1), so a scale may be
-negative and no code is lost (AutoRound, arXiv 2309.05516, section 3). Asymmetric types widen the range to hold zero.
-Scales are rounded to their stored dtype before any code is chosen, so a reader of the file computes the same weights.
-Activations are computed in the dtype of the input, as Transformers does with a compressed-tensors checkpoint.
+Symmetric weights use the full range: the element of largest magnitude maps to -2**(bits-1), so a scale may be negative
+and no code is lost (AutoRound, arXiv 2309.05516, section 3). Scales are rounded to their stored dtype before any code
+is chosen. Activations are computed in the dtype of the input, as Transformers does with compressed-tensors.
 """
 
 from __future__ import annotations

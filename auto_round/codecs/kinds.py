@@ -306,10 +306,12 @@ class Unquantized(FunctionCodec):
 
 @register_codec("int")
 def int_codec(scheme: Scheme) -> Codec:
+    """The codec of integers in groups along the input, or in blocks."""
     return IntBlocksCodec(scheme) if isinstance(scheme.group_size, tuple) else IntCodec(scheme)
 
 
 @register_codec("int_asym_dq", "int_sym_dq", "int_asym_float_zp")
 def ggml_codec(scheme: Scheme) -> Codec:
+    """The codec of the ggml type that a scheme describes exactly, else of its function."""
     function = FunctionCodec(scheme)
     return function if function.ggml_type is None else GgmlCodec(scheme, function.ggml_type)

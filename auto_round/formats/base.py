@@ -373,6 +373,7 @@ def register_format(name: str, *arguments: Any) -> Callable[[_Format], _Format]:
 
 
 def available_formats() -> list[str]:
+    """Names of the formats that can be written, sorted."""
     for module in _BUILT_IN:
         importlib.import_module(f"auto_round.formats.{module}")
     return sorted(FORMATS)
@@ -406,6 +407,7 @@ def parse_formats(text: str | Sequence[str]) -> list[OutputFormat]:
 
 
 def formats_for_scheme(scheme: QuantizationScheme) -> list[str]:
+    """Names of the available formats that can store `scheme`."""
     return [name for name in available_formats() if FORMATS[name].suggested_for(scheme)]
 
 

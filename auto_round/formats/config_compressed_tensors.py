@@ -64,15 +64,6 @@ def _key(part: QuantizationScheme | ActivationScheme) -> tuple[str, str | None]:
     return codec.family, codec.element
 
 
-def _input_arguments(inputs: ActivationScheme) -> dict[str, Any]:
-    found = _TYPES[_key(inputs)].arguments(inputs, inputs.group_size if inputs.dynamic else 0)
-    if found["strategy"] == "channel":
-        found["strategy"] = "token"
-    if inputs.has_global_scale:  # group scales are computed from each input, relative to a fixed global scale
-        return found | {"dynamic": "local", "observer": "static_minmax"}
-    return found | {"dynamic": inputs.dynamic}
-
-
 def name_patterns(names: Iterable[str], everything: Collection[str]) -> list[str]:
     """Exact names, or one `re:` pattern for names that differ only in numbers, if it matches no others in `everything`.
     A pattern starts with `.*`, because other programs' wrappers prefix a model's names."""
@@ -147,9 +138,15 @@ class CompressedTensorsFormat(OutputFormat):
         for name in plan.quantized_layers():
             scheme = plan.layers[name]
             kind, inputs = _TYPES[_key(scheme)], scheme.activations
+            arguments: dict[str, Any] | None = None
+            if inputs is not None:
+                arguments = _TYPES[_key(inputs)].arguments(inputs, inputs.group_size if inputs.dynamic else 0)
+                arguments |= {"strategy": "token"} if arguments["strategy"] == "channel" else {}
+                # With a fixed global scale the groups' scales are computed from each input, relative to it.
+                local = {"dynamic": "local", "observer": "static_minmax"}
+                arguments |= local if inputs.has_global_scale else {"dynamic": inputs.dynamic}
             group = {
-                "format": kind.formats[inputs is not None],
-                "input_activations": None if inputs is None else _input_arguments(inputs), "output_activations": None,
+                "format": kind.formats[inputs is not None], "input_activations": arguments, "output_activations": None,
                 "weights": kind.arguments(scheme, self.layout(scheme).group_size(scheme)),
             }  # fmt: skip
             groups.setdefault(repr(group), (group, []))[1].append(name)

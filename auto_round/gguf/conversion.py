@@ -95,8 +95,22 @@ class Conversion:
             for placement in self.place(source):
                 cut = tuple(placement.cut(torch.empty(shape, device="meta")).shape)
                 parts.setdefault(placement.tensor, []).append((source, placement, cut))
-        extras = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
-        return extras | {target: _merged_shape(target, found) for target, found in parts.items()}
+        made: dict[str, tuple[int, ...]] = {name: tuple(tensor.shape) for name, tensor in self.extras().items()}
+        for target, found in parts.items():
+            first, rows = found[0][2], 0
+            slots = [placement.slot for _, placement, _ in found if placement.slot is not None]
+            if sorted(slots) == list(range(len(found))) and all(shape == first for *_, shape in found):
+                made[target] = (len(found), *first)
+                continue
+            for _, placement, shape in sorted(found, key=lambda part: part[1].at_row):
+                if slots or placement.at_row != rows or shape[1:] != first[1:]:
+                    names = ", ".join(source for source, _, _ in found[:3])
+                    raise ModelError(
+                        f"the parts of tensor {target!r} ({names}, ...) are incomplete, or differ in shape"
+                    )
+                rows += shape[0]
+            made[target] = (rows, *first[1:])
+        return made
 
     def extras(self) -> dict[str, torch.Tensor]:
         """Computed tensors that are in no checkpoint, float32, by their names in the file."""
@@ -112,21 +126,6 @@ class Conversion:
             if (value := key.value(self.settings)) is not None:
                 made[name] = key_value(name, value, key.kind)
         return list(made.values())
-
-
-def _merged_shape(target: str, parts: list[tuple[str, Placement, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Shape of a tensor merged from `parts` (source, placement, shape). Raises ModelError when they do not fill it."""
-    first = parts[0][2]
-    slots = [placement.slot for _, placement, _ in parts if placement.slot is not None]
-    if sorted(slots) == list(range(len(parts))) and all(shape == first for *_, shape in parts):
-        return (len(parts), *first)
-    rows = 0
-    for _, placement, shape in sorted(parts, key=lambda part: part[1].at_row):
-        if slots or placement.at_row != rows or shape[1:] != first[1:]:
-            names = ", ".join(source for source, _, _ in parts[:3])
-            raise ModelError(f"the parts of tensor {target!r} ({names}, ...) are incomplete, or differ in shape")
-        rows += shape[0]
-    return (rows, *first[1:])
 
 
 def conversion_for(config: Any, sources: Shapes | None = None) -> Conversion:

@@ -155,7 +155,13 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
         for step in flat_steps(values["normalizer"], "normalizers")
         if step not in _SPACE_STEPS
     ]
-    flags = _added_bos_eos(tokenizer, notes)
+    # Whether a first or last token is added to a text, found by tokenizing one.
+    whole, inner = list(tokenizer("a").input_ids), list(tokenizer("a", add_special_tokens=False).input_ids)
+    start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
+    before, after = whole[:start], whole[start + len(inner) :]
+    if not (before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])):
+        notes.append(f"the tokenizer adds {before} before and {after} after a text, and llama.cpp only one token each")
+    flags = {"add_bos_token": bool(before), "add_eos_token": bool(after)}
     tokens = _tokens(model, backend.get_added_tokens_decoder(), rows, folder)
     merges: list[str] = []
     if tokens.scores:
@@ -185,17 +191,6 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     ]  # fmt: skip
     metadata = tuple(key_value(f"tokenizer.{key}", value, kind) for key, value, kind in keys if value != [])
     return Vocabulary(tokens, metadata, tuple(notes))
-
-
-def _added_bos_eos(tokenizer: Any, notes: list[str]) -> dict[str, bool]:
-    """Whether a first or last token is added to a text, found by tokenizing one."""
-    whole = list(tokenizer("a").input_ids)
-    inner = list(tokenizer("a", add_special_tokens=False).input_ids)
-    start = next((i for i in range(len(whole)) if whole[i : i + len(inner)] == inner), 0)
-    before, after = whole[:start], whole[start + len(inner) :]
-    if not (before in ([], [tokenizer.bos_token_id]) and after in ([], [tokenizer.eos_token_id])):
-        notes.append(f"the tokenizer adds {before} before and {after} after a text, and llama.cpp only one token each")
-    return {"add_bos_token": bool(before), "add_eos_token": bool(after)}
 
 
 def _space_prefix(values: Mapping[str, Any]) -> bool:

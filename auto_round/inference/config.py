@@ -225,7 +225,6 @@ def read_config(config: Any) -> CheckpointConfig:
 
 @contextmanager
 def _malformed_as_config_error() -> Iterator[None]:
-    """Turn the errors that malformed values of a configuration cause into a ConfigError."""
     try:
         yield
     except AutoRoundError:

@@ -199,7 +199,6 @@ class QuantLinear(PackedLinear):
 
     @property
     def kernel(self) -> LinearKernel | None:
-        """The kernel that runs the layer, None for plain PyTorch."""
         return self._kernel[0] if self._kernel else None
 
     @property
@@ -232,7 +231,6 @@ class QuantLinear(PackedLinear):
 
     @torch.no_grad()
     def drop_kernel(self) -> None:
-        """Return to the checkpoint's layout and plain PyTorch."""
         if self._kernel:
             self.qweight, self._kernel, self._order = self._stored_words(), [], None
 

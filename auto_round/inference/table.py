@@ -163,7 +163,6 @@ _ALL_INT = (*_GPTQ, "awq")
 
 
 def _torch(name: str, bits: tuple[int, ...], packings: tuple[str, ...]) -> Backend:
-    """A row in plain PyTorch."""
     return Backend(f"auto_round:{name}", ("cpu", "cuda", "xpu"), bits, _ALL, 0, packings, group="torch")
 
 

@@ -37,6 +37,7 @@ def stored_group_size(scheme: QuantizationScheme) -> int:
 
 
 def chunks_of_rows(rows: int, columns: int, device: torch.device) -> list[slice]:
+    """Slices of rows that are dequantized at once."""
     step = max(1, (CHUNK if device.type == "cpu" else DEVICE_CHUNK) // columns)
     return [slice(start, start + step) for start in range(0, rows, step)]
 
@@ -342,7 +343,6 @@ class PlainIntLayout(IntegerLayout):
         return stored_codes(tensors["weight"], bits), tensors["weight_scale"], zeros
 
     def _code_specs(self, in_features: int, out_features: int, groups: int, bits: int) -> TensorSpecs:
-        """Specs of codes and zero points."""
         zeros = (out_features, groups), torch.int8
         return {"weight": ((out_features, in_features), torch.int8), "weight_zero_point": zeros}
 

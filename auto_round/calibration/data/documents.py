@@ -271,7 +271,12 @@ def samples_of(
     specials, seqlen = not apply_chat_template, stats.seqlen
     rendered = (_render(d, tokenizer, apply_chat_template, system_prompt) for d in documents)
     if stats.concat:
-        yield from _concatenated(_encode(rendered, tokenizer, specials), _leading_tokens(tokenizer), stats)
+        leading: list[int] = []  # special tokens that the tokenizer puts before a text
+        if tokenizer is not None:
+            (bare,), (full,) = (_ids(tokenizer, ["a"], own) for own in (False, True))
+            starts = range(len(full) - len(bare) + 1) if bare else ()
+            leading = next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
+        yield from _concatenated(_encode(rendered, tokenizer, specials), leading, stats)
         return
     for document in _encode(rendered, tokenizer, specials, seqlen):
         length = len(document.ids)
@@ -373,15 +378,6 @@ def _ids(tokenizer: Any, texts: list[str], specials: bool) -> list[list[int]]:
         texts, add_special_tokens=specials, padding=False, truncation=False, return_attention_mask=False, verbose=False
     )
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _leading_tokens(tokenizer: Any) -> list[int]:
-    """Special tokens that the tokenizer puts before a text."""
-    if tokenizer is None:
-        return []
-    (bare,), (full,) = _ids(tokenizer, ["a"], specials=False), _ids(tokenizer, ["a"], specials=True)
-    starts = range(len(full) - len(bare) + 1) if bare else ()
-    return next((full[:start] for start in starts if full[start : start + len(bare)] == bare), [])
 
 
 def _checked_ids(document: TokenDocument, tokenizer: Any) -> TokenDocument:

@@ -16,11 +16,6 @@ def scaling(kinds: Sequence[str], *names: str) -> Callable[[HfConfig], Any]:
     return lambda s: HfConfig(s.rope).get(*names) if s.rope["rope_type"] in kinds else None
 
 
-def _original_context(s: HfConfig) -> int | None:
-    found = s.rope.get("original_max_position_embeddings") or s.get("max_position_embeddings")
-    return found if s.rope["rope_type"] == "yarn" else None
-
-
 CONTEXT = Key("context_length", "uint32", ("max_position_embeddings", "n_ctx", "n_positions"))
 EMBEDDING = Key("embedding_length", "uint32", ("hidden_size", "n_embd"))
 BLOCKS = Key("block_count", "uint32", lambda s: s.blocks)
@@ -37,7 +32,11 @@ _SCALINGS = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "
 ROPE_SCALING = (
     Key("rope.scaling.type", "string", lambda s: _SCALINGS.get(s.rope["rope_type"])),
     Key("rope.scaling.factor", "float32", scaling(("linear", "yarn"), "factor")),
-    Key("rope.scaling.original_context_length", "uint32", _original_context),
+    Key(
+        "rope.scaling.original_context_length", "uint32",
+        lambda s: (s.rope.get("original_max_position_embeddings") or s.get("max_position_embeddings"))
+        if s.rope["rope_type"] == "yarn" else None,
+    ),
     Key("rope.scaling.yarn_ext_factor", "float32", scaling(("yarn",), "extrapolation_factor")),
     Key("rope.scaling.yarn_attn_factor", "float32", scaling(("yarn",), "attention_factor", "attn_factor")),
     Key("rope.scaling.yarn_beta_fast", "float32", scaling(("yarn",), "beta_fast")),

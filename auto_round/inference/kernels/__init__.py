@@ -53,7 +53,6 @@ class LinearKernel(nn.Module):
         self.spec = weight.spec
 
     def hold(self, **buffers: torch.Tensor | None) -> None:
-        """Register buffers that are not saved."""
         for name, tensor in buffers.items():
             self.register_buffer(name, tensor, persistent=False)
 

@@ -52,7 +52,6 @@ class Form(NamedTuple):
 
     @property
     def block(self) -> int:
-        """Inputs per block."""
         return self.per * self.width
 
     @property
@@ -61,7 +60,6 @@ class Form(NamedTuple):
 
     @property
     def padded(self) -> int:
-        """Outputs, padded."""
         return -(-self.out_features // 32) * 32
 
     @property
@@ -280,7 +278,6 @@ class Packed(NamedTuple):
         return len(self.words) if self.words.dim() == 3 else 0
 
     def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The arguments `words, scales, zeros` of the programs."""
         return self.words, self.scales, self.scales if self.zeros is None else self.zeros
 
     def arguments(self, x: torch.Tensor, out: torch.Tensor, offsets: torch.Tensor | None, each: int) -> tuple[Any, ...]:

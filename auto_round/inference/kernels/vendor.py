@@ -1,8 +1,7 @@
 """Kernels from other packages for packed integer weights: PyTorch's own, for machines without a C compiler, those of
 auto-round-lib ("ark") and of GPTQModel (Marlin, ExLlamaV2, GEMM, torch), and Gaudi's.
 
-Packages are imported when a layer first needs them. GPTQModel takes seconds, sets environment variables and prints a
-banner; its CUDA kernels are compiled with nvcc at their first use.
+Packages are imported when a layer first needs them; GPTQModel's CUDA kernels are compiled with nvcc at their first use.
 """
 
 from __future__ import annotations
@@ -169,7 +168,6 @@ class ArkKernel(LinearKernel):
         return codes
 
     def _expand_groups(self, values: torch.Tensor) -> torch.Tensor:
-        """[out, groups] to [out, in]."""
         return values.repeat_interleave(self.spec.group_size, 1)
 
 

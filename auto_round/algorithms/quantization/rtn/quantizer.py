@@ -11,6 +11,7 @@ from auto_round.threads import parallel_map
 
 
 def quantize_layer(task: LayerTask, optimized: bool, scale_dtype: torch.dtype) -> QuantizedLayer:
+    """One layer rounded to nearest."""
     return task.quantized(task.codec.quantize(task.weight, task.start_options(optimized, scale_dtype)))
 
 

@@ -1,8 +1,7 @@
 """Tuned parameters of layers stacked by rows, the optimizers that update them, and the linears that run on them.
 
 Rows of a weight are independent, so layers with the same input width and scheme (q, k, v, gate and up; all experts of a
-mixture) form one tall matrix. The backward pass computes dL/dW, one matrix product, and the group derives the step.
-Only a data type without codes, which is a function, is tuned by autograd.
+mixture) form one tall matrix. Only a data type without codes, which is a function, is tuned by autograd.
 """
 
 from __future__ import annotations
@@ -59,6 +58,7 @@ class AdamStep:
 
 
 def make_rule(adam: bool, momentum: float) -> AdamStep | SignStep:
+    """A fresh update rule for one tensor."""
     return AdamStep() if adam else SignStep(momentum)
 
 
@@ -212,7 +212,6 @@ class LearnableGroup:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Restore the state before the first step."""
         self.rounding_delta.zero_()
         if self.start_delta is not None:
             self.rounding_delta.copy_(self.start_delta)
