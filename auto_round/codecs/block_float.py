@@ -38,6 +38,8 @@ _BLOCK_OF_ZEROS = 2.0**-3  # with it, a block whose scale rounds to zero is belo
 _SMALLEST_PLAIN = 2.0**-100  # scale of a block of zeros; 448 / scale and 448 * scale are far from float32's limits
 _CHUNK = 1 << 18  # values encoded at once: a few float32 buffers stay in the cache
 _GPU_CHUNK = 1 << 26
+_SEARCH_CHUNK = 1 << 16
+_GPU_SEARCH_CHUNK = 1 << 24
 
 
 def _powers(exponents: Tensor) -> Tensor:
@@ -190,10 +192,6 @@ def encode(
         codes[rows, inner] = spec.element.encode(ratio)
     found = from_blocks(codes, (out, columns)).contiguous()
     return FloatCodes(found, stored.view(r, c), spec.element.name, group_size, given)
-
-
-_SEARCH_CHUNK = 1 << 16
-_GPU_SEARCH_CHUNK = 1 << 24
 
 
 @torch.no_grad()

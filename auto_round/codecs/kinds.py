@@ -9,26 +9,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+import auto_round.codecs.int as integers
 from auto_round.codecs.activation import activation_function
 from auto_round.codecs.base import CODECS, Codec, Grid, Scheme, StartOptions, TunedParameters, register_codec
 from auto_round.codecs.block_float import BLOCK_FLOAT_SPECS, effective_scale, encode, search_scales, spec_for_bits
 from auto_round.codecs.ggml.plain import plain_blocks
 from auto_round.codecs.ggml.search import search_blocks
 from auto_round.codecs.ggml.types import GGML_TYPES, GgmlBlocks, GgmlType, assign_codes, divisor_of
-from auto_round.codecs.int import (
-    QuantParams,
-    concat_qparams,
-    integer_qparams,
-    round_groups,
-    search_qparams,
-    stored_codes,
-    to_codes,
-)
 from auto_round.codecs.minifloat import block_shape
 from auto_round.codecs.quantized_layer import DenseWeight, FloatCodes, IntCodes
 from auto_round.codecs.registry import clamp_to_float16, get_quant_func, reshape_pad_tensor_by_group_size
 from auto_round.codecs.tunable import FloatGrid, FloatStart, GgmlGrid, IntGrid
 from auto_round.schemes import QuantizationScheme
+
+# Weights rounded at once: few enough for a shared cache, without a float32 copy of a whole layer; many enough to hide
+# the cost of PyTorch calls.
+_ROWS = 1 << 20
+_GPU_ROWS = 1 << 26
 
 
 def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = None) -> Codec:
@@ -41,12 +38,6 @@ def codec_of(scheme: Scheme, ggml: str | None = None, in_features: int | None = 
         return GgmlCodec(scheme, GGML_TYPES[ggml])
     usual = FloatCodec if scheme.data_type in BLOCK_FLOAT_SPECS else FunctionCodec
     return CODECS.get(scheme.data_type, usual)(scheme).for_width(in_features)
-
-
-# Weights rounded at once: few enough for a shared cache, without a float32 copy of a whole layer; many enough to hide
-# the cost of PyTorch calls.
-_ROWS = 1 << 20
-_GPU_ROWS = 1 << 26
 
 
 class IntCodec(Codec):
@@ -74,26 +65,26 @@ class IntCodec(Codec):
             return f"bits={self.scheme.bits}; integers of 2 to 8 bits are available"
         return None
 
-    def start(self, weight: Tensor, options: StartOptions) -> QuantParams:
+    def start(self, weight: Tensor, options: StartOptions) -> integers.QuantParams:
         """Scales [out, groups, 1], or [1, 1, 1] per tensor."""
         scheme, groups = self.scheme, self.groups(weight)
         if not options.searched:
-            return integer_qparams(groups, scheme.bits, scheme.sym, scale_dtype=options.scale_dtype)
+            return integers.integer_qparams(groups, scheme.bits, scheme.sym, scale_dtype=options.scale_dtype)
         importance = options.importance
         if importance is not None and self.group_size == 0:
             importance = importance.repeat(weight.shape[0]).view(1, -1)
         elif importance is not None:  # padding has zero importance
             importance, _ = reshape_pad_tensor_by_group_size(importance.view(1, -1), self.group_size)
-        return search_qparams(groups, scheme.bits, scheme.sym, importance, options.scale_dtype)
+        return integers.search_qparams(groups, scheme.bits, scheme.sym, importance, options.scale_dtype)
 
-    def encode(self, weight: Tensor, start: QuantParams, delta: Tensor | None = None) -> IntCodes:
+    def encode(self, weight: Tensor, start: integers.QuantParams, delta: Tensor | None = None) -> IntCodes:
         """`delta`: in units of one code, [out, groups, group_size] or per tensor [1, 1, out * in], in any shape."""
         groups = self.groups(weight)
         delta = None if delta is None else delta.reshape(groups.shape)
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         for rows in _row_chunks(groups):
-            numbers = to_codes(groups[rows], start.select(rows), 0.0 if delta is None else delta[rows])
-            codes[rows] = stored_codes(numbers, start.bits)
+            numbers = integers.to_codes(groups[rows], start.select(rows), 0.0 if delta is None else delta[rows])
+            codes[rows] = integers.stored_codes(numbers, start.bits)
         return self._stored(start, codes, weight.shape)
 
     def quantize(self, weight: Tensor, options: StartOptions) -> IntCodes:
@@ -103,16 +94,16 @@ class IntCodec(Codec):
         scheme, groups, found = self.scheme, self.groups(weight), []
         codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
         for rows in _row_chunks(groups):
-            part, codes[rows] = round_groups(groups[rows], scheme.bits, scheme.sym, options.scale_dtype)
+            part, codes[rows] = integers.round_groups(groups[rows], scheme.bits, scheme.sym, options.scale_dtype)
             found.append(part)
-        return self._stored(concat_qparams(found), codes, weight.shape)
+        return self._stored(integers.concat_qparams(found), codes, weight.shape)
 
-    def grid(self, start: QuantParams, shape: tuple[int, int]) -> Grid:
+    def grid(self, start: integers.QuantParams, shape: tuple[int, int]) -> Grid:
         zero = start.zero.squeeze(-1).expand(shape[0], -1) if isinstance(start.zero, Tensor) else start.zero
         scale = start.scale.squeeze(-1).expand(shape[0], -1)
         return Grid(scale, self.group_size if self.group_size > 0 else shape[1], 0, 2**start.bits - 1, zero)
 
-    def with_codes(self, start: QuantParams, codes: Tensor) -> IntCodes:
+    def with_codes(self, start: integers.QuantParams, codes: Tensor) -> IntCodes:
         return self._stored(start, codes, codes.shape)
 
     def codes(
@@ -121,7 +112,7 @@ class IntCodec(Codec):
         middle = 2 ** (self.scheme.bits - 1)
         return IntCodes(codes, scale, middle if zero_point is None else zero_point, self.group_size)
 
-    def tunable(self, starts: Sequence[QuantParams]) -> IntGrid:
+    def tunable(self, starts: Sequence[integers.QuantParams]) -> IntGrid:
         return IntGrid(starts, self.group_size)
 
     def tuned(self, in_features: int) -> TunedParameters:
@@ -133,7 +124,7 @@ class IntCodec(Codec):
         groups, _ = reshape_pad_tensor_by_group_size(weight, self.group_size)
         return groups.view(1 if self.group_size == 0 else weight.shape[0], -1, groups.shape[-1])
 
-    def _stored(self, start: QuantParams, codes: Tensor, shape: tuple[int, ...]) -> IntCodes:
+    def _stored(self, start: integers.QuantParams, codes: Tensor, shape: tuple[int, ...]) -> IntCodes:
         """Codes [out, in] or in the shape of the groups, with one scale a row also where the tensor has one."""
         out, columns = shape
         codes = codes.view(out, -1)[:, :columns]

@@ -25,6 +25,9 @@ from torch import Tensor
 from auto_round.errors import ConfigError
 from auto_round.schemes import GroupSize
 
+_CHUNK = 1 << 17  # codes processed at once: temporaries stay in the cache
+_EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
+
 
 def block_shape(shape: tuple[int, int], group_size: GroupSize) -> tuple[int, int, int, int]:
     """(R, M, C, N) of a matrix [rows, columns]; the last blocks may be partial."""
@@ -82,10 +85,6 @@ def block_chunks(blocks: Tensor, elements: int) -> list[tuple[slice, slice]]:
         return [(slice(i, min(i + step, r)), slice(0, m)) for i in range(0, r, step)]
     step = max(1, elements // max(1, c * n))
     return [(slice(0, 1), slice(i, min(i + step, m))) for i in range(0, m, step)]
-
-
-_CHUNK = 1 << 17  # codes processed at once: temporaries stay in the cache
-_EXPONENT = 0x7F800000  # bits of a float32 that hold its exponent
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ F = TypeVar("F", bound=QuantFunc)
 
 QUANT_FUNC_WITH_DTYPE: dict[str, QuantFunc] = {}
 FP16_MAX = 65504.0
+# A function registered as this prefix and a data type's name quantizes activations; else the weights' function does.
+ACTIVATION_PREFIX = "act_"
 
 
 def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
@@ -38,10 +40,6 @@ def register_dtype(names: str | Sequence[str]) -> Callable[[F], F]:
         return function
 
     return register
-
-
-# A function registered as this prefix and a data type's name quantizes activations; else the weights' function does.
-ACTIVATION_PREFIX = "act_"
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ FP8_MAXIMUM = 448.0  # of e4m3, OCP OFP8 v1.0, 5.1
 _GRANULARITIES = ("tensor", "head")
 _DTYPES = ("fp8", "float8_e4m3fn")
 _SIXTEEN_BITS = ("float16", "fp16", "bfloat16", "bf16")
+_EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
 
 
 @dataclass(frozen=True)
@@ -145,9 +146,6 @@ def number_pattern(name: str, after: str = "") -> str:
     return r"\.".join(r"\d+" if any_number else re.escape(part) for any_number, part in zip(free, parts, strict=True))
 
 
-_EXPERT = re.compile(r"^(?P<front>.*\.)experts\.(?P<index>\d+)\.(?P<leaf>.+)$")
-
-
 @dataclass(frozen=True)
 class ModelRules:
     """How a format writes the models of one type."""
@@ -241,8 +239,7 @@ class OutputFormat:
     supports_conv1d: ClassVar[bool] = True
     # Sizes of layers that readers of the files accept, by the weights' codec family; others are up to the layout.
     sizes: ClassVar[Mapping[str, SizeRule]] = MappingProxyType({})
-    # Name of a fast kernel, and the sizes that it accepts.
-    fast_kernel: ClassVar[tuple[str, SizeRule] | None] = None
+    fast_kernel: ClassVar[tuple[str, SizeRule] | None] = None  # name of a fast kernel, and the sizes that it accepts
     # Whether groups must fill the rows; runs then use a smaller group size where needed.
     requires_full_groups: ClassVar[bool] = False
     # Whether tensors keep the names of the source checkpoint. Otherwise `rules` gives the names.

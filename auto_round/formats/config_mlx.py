@@ -46,6 +46,7 @@ MLX_FAMILIES: dict[str, ModelRules] = {
         refused="mlx-lm shifts the norms of Qwen3-Next only in checkpoints that were never quantized"
     ),
 }  # fmt: skip
+_PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 
 
 def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -67,9 +68,6 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(scaling, dict) and "rope_type" in scaling:
         made["rope_scaling"] = {**scaling, "type": scaling.get("type", scaling["rope_type"])}
     return made
-
-
-_PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_layers", "num_mtp_modules")
 
 
 def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 
 from auto_round.errors import ConfigError, ModelError, UnsupportedError
 
+_CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bool": bool, "string": str}
+
 
 def _size(*names: str, default: Callable[[HfConfig], int] | None = None) -> property:
     """A property: the size, shared by all layers, under the first of `names` that has a value. Raises ModelError when
@@ -105,9 +107,6 @@ class Placement:
         """The part of the target made from `source`; a view where possible."""
         found = source if self.edit is None else self.edit(source)
         return found if self.rows is None else found[self.rows.to(found.device)]
-
-
-_CASTS: Mapping[str, type] = {"uint32": int, "int32": int, "float32": float, "bool": bool, "string": str}
 
 
 class Key(NamedTuple):

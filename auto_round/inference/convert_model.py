@@ -375,8 +375,7 @@ def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, Sto
 
 def normalize_saved_config(model: nn.Module, names: Callable[[], StoredNames]) -> None:
     """Give a `quantization_config` with GPTQ's or AWQ's keys AutoRound's, which its readers use when Transformers saves
-    it as "auto-round". A plain mapping is not changed. `names` reads the names in the files, which layers get
-    again."""
+    it as "auto-round". A plain mapping is not changed. `names` reads the names in the files, which layers get again."""
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if stored is None or isinstance(stored, dict):
         return

@@ -24,8 +24,7 @@ from auto_round.modeling.experts import RoutedExperts
 
 # Private operators of PyTorch that tell whether the CPU has matrix instructions for a dtype.
 _CPU_CHECKS = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
-# Name of the group of backends in plain PyTorch.
-TORCH_BACKEND = "torch"
+TORCH_BACKEND = "torch"  # name of the group of backends in plain PyTorch
 # Dtypes in which a file may store scales and biases, whatever the layout's own.
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
 

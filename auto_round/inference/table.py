@@ -30,6 +30,12 @@ from auto_round.logger import logger
 COMPILER = "C compiler"  # the one requirement that is not of pip
 # Names of a package in PyTorch's builds for other devices.
 _OTHER_NAMES = {"triton": ("pytorch-triton", "triton-xpu", "pytorch-triton-xpu", "triton-windows")}
+DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+AUTO = "auto"
+SCALED_MM = "auto_round:scaled_mm"
+OWN_CPU = "auto_round:cpu"
+_FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
+_V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
 
 
 def find_compiler() -> list[str] | None:
@@ -80,14 +86,6 @@ def available_devices() -> tuple[str, ...]:
     accelerators = [kind for kind in ("cuda", "xpu") if hasattr(torch, kind) and getattr(torch, kind).is_available()]
     gaudi = importlib.util.find_spec("habana_frameworks") is not None
     return ("cpu", *accelerators, "hpu") if gaudi else ("cpu", *accelerators)
-
-
-DTYPE_LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
-AUTO = "auto"
-SCALED_MM = "auto_round:scaled_mm"
-OWN_CPU = "auto_round:cpu"
-_FP16, _BF16, _HALF, _ALL = ("float16",), ("bfloat16",), ("bfloat16", "float16"), ("float32", "float16", "bfloat16")
-_V1, _GPTQ = ("gptq_zp+-1",), ("gptq", "gptq_zp+-1")
 
 
 @dataclass(frozen=True)

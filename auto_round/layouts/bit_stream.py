@@ -13,8 +13,7 @@ from torch.nn.functional import pad
 
 from auto_round.errors import UnsupportedError
 
-# Codes packed at once: few enough that they and their temporaries stay in a shared cache.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 20  # codes packed at once: few enough that they and their temporaries stay in a shared cache
 
 
 def period(bits: int, unit: int = 32) -> tuple[int, int]:

@@ -22,6 +22,9 @@ from auto_round.schemes import QuantizationScheme
 _MANTISSA_BITS = 23  # of float32, whose exponent has the bias of E8M0
 _SMALLEST = 1 << 22  # bits of 2**-127, the one scale that float32 holds as a subnormal
 _NAN = 0x7FC00000
+FP8_SCALE = torch.bfloat16
+# Dtypes of the scales by codec family; uint8 is E8M0. All but those of FP8 are for whole groups of inputs only.
+SCALES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m3fn, "fp": FP8_SCALE}
 
 
 def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
@@ -67,11 +70,6 @@ def unpack_codes(stored: torch.Tensor, element: str, columns: int) -> torch.Tens
     codes[:, 0::2] = stored & 15
     codes[:, 1::2] = stored >> 4
     return codes[:, :columns]
-
-
-FP8_SCALE = torch.bfloat16
-# Dtypes of the scales by codec family; uint8 is E8M0. All but those of FP8 are for whole groups of inputs only.
-SCALES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m3fn, "fp": FP8_SCALE}
 
 
 def has_input_scale(scheme: QuantizationScheme) -> bool:

@@ -28,6 +28,7 @@ SCALE_DTYPE = torch.float16  # codes were chosen with float16 scales
 # Weights dequantized at once, on CPUs and on other devices: bounds the temporary copies.
 CHUNK, DEVICE_CHUNK = 1 << 20, 1 << 25
 Arrays = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes uint8 [out, in], scales and zero points [out, groups]
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def stored_group_size(scheme: QuantizationScheme) -> int:
@@ -170,9 +171,6 @@ class GptqLayout(IntegerLayout):
     def _unpack(self, name: str, bits: int, tensors: Tensors) -> Arrays:
         scales = tensors["scales"].T.contiguous()
         return self.codes(tensors["qweight"], bits), scales, self.zeros(tensors["qzeros"], bits)
-
-
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class AwqLayout(GptqLayout):

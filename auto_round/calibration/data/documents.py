@@ -15,8 +15,7 @@ import torch
 
 from auto_round.errors import ConfigError, DataError
 
-Message = dict[str, str]
-"""`{"role": "user", "content": "..."}`"""
+Message = dict[str, str]  # `{"role": "user", "content": "..."}`
 
 TEXT_KEYS = ("text", "content", "code", "document", "body")
 CHAT_KEYS = ("messages", "conversations", "conversation")

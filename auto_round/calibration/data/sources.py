@@ -25,6 +25,12 @@ from auto_round.logger import logger
 
 BUILTIN = "builtin"
 _HELD_OUT_EVERY = 16  # every sixteenth document is held out for evaluation, so that each source is represented
+_DESCRIPTION = "mixed public-domain English text, short documents joined"
+HUB_TIMEOUT_S = 5.0  # longest wait for an answer of the hub, in seconds
+_ANSWER_VALID_S = 60.0
+_hub_answers: dict[str, tuple[float, str]] = {}
+DEFAULT_DATASET = "NeelNanda/pile-10k"  # the dataset that is used when none is given
+MODELSCOPE_DEFAULT = "swift/pile-val-backup"  # the same on the platform ModelScope
 
 
 def looks_like_path(name: str) -> bool:
@@ -184,9 +190,6 @@ def held_out_documents() -> list[str]:
     return builtin_documents()[_HELD_OUT_EVERY - 1 :: _HELD_OUT_EVERY]
 
 
-_DESCRIPTION = "mixed public-domain English text, short documents joined"
-
-
 @register_dataset(BUILTIN, description=_DESCRIPTION, where="inside the package", concat=True)
 def builtin(seed: int, split: str | None) -> Iterator[str]:
     """Yield the documents of the packaged text in an order fixed by `seed`. The only split is `train`."""
@@ -195,19 +198,6 @@ def builtin(seed: int, split: str | None) -> Iterator[str]:
     documents = [d for i, d in enumerate(builtin_documents()) if (i + 1) % _HELD_OUT_EVERY]
     random.Random(seed).shuffle(documents)
     yield from documents
-
-
-HUB_TIMEOUT_S = 5.0
-"""Longest wait for an answer of the hub, in seconds."""
-
-_ANSWER_VALID_S = 60.0
-_hub_answers: dict[str, tuple[float, str]] = {}
-
-DEFAULT_DATASET = "NeelNanda/pile-10k"
-"""The dataset that is used when none is given."""
-
-MODELSCOPE_DEFAULT = "swift/pile-val-backup"
-"""The same on the platform ModelScope."""
 
 
 @dataclass(frozen=True)

@@ -159,8 +159,7 @@ class DatasetEntry:
         return self.function(**{k: v for k, v in arguments.items() if k in self.takes})
 
 
-DATASETS: dict[str, DatasetEntry] = {}
-"""Registered datasets by name."""
+DATASETS: dict[str, DatasetEntry] = {}  # registered datasets by name
 
 
 def register_dataset(

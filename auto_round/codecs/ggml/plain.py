@@ -35,6 +35,8 @@ _TINY = torch.finfo(torch.float32).tiny
 # row order, and left-over columns in another order.
 _COLUMNS = 64
 _ROWS_IN_ORDER = 16
+# The largest float32 below one half: adding one half itself to a fraction just below it may round up.
+_BELOW_HALF = 0.49999997
 
 
 class OrderedSum:
@@ -272,10 +274,8 @@ def _k_with_minimum(x: Tensor, some: int, kind: GgmlType) -> tuple[Tensor, Numbe
 
 def _k_symmetric(x: Tensor, some: int, kind: GgmlType) -> tuple[Tensor, Numbers]:
     zero, end = kind.zero, 1 << (kind.scale_bits - 1)
-    if kind.bits == 3:
-        fit = descend_symmetric(x, x * x, zero)
-    else:
-        fit = fit_symmetric(x, x * x, zero, _RANGES[kind.name])
+    searched = kind.bits > 3
+    fit = fit_symmetric(x, x * x, zero, _RANGES[kind.name]) if searched else descend_symmetric(x, x * x, zero)
     steps = _by_block(fit.step, some, kind)
     extreme = signed_absmax(steps, 1)
     inverse = exact_quotient(-float(end), extreme)
@@ -309,10 +309,6 @@ def _as_integers(values: Tensor, top: int) -> tuple[Tensor, Tensor]:
     inverse = exact_quotient(float(top), largest).masked_fill_(none, 0.0)
     integers = (values * inverse.unsqueeze(1)).round_().clamp_(0, top).nan_to_num_(0.0)
     return exact_quotient(largest, float(top)).half(), integers
-
-
-# The largest float32 below one half: adding one half itself to a fraction just below it may round up.
-_BELOW_HALF = 0.49999997
 
 
 def _inverse(step: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ from auto_round.threads import parallel_map
 
 Pair = tuple[float, float]
 _TINY = 1e-30
+_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
+_CHUNK = 3 << 17  # weights searched at once: the few buffers of one chunk stay in cache
+_GPU_CHUNK = 1 << 23
 
 
 class SearchConfig(NamedTuple):
@@ -210,9 +213,6 @@ def fit_steps_and_minima(chunk: SearchChunk, config: SearchConfig) -> tuple[Tens
     return best, least
 
 
-_WIDTHS = (1.1, 1.05, 1.0, 0.97, 0.94, 0.9)  # candidates of d and dmin, as fractions of the integers' range
-
-
 def choose_super_scale(values: Tensor, weights: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """(d, k): the scale float16 in float32 [1, B] with the least `sum a (v - d k)^2` over the groups, among `_WIDTHS`,
     and its integers float32 [g, B] from `low` to `high`. `values`: v, not negative where `low` is 0; `weights`: a."""
@@ -308,10 +308,6 @@ class StoredParams:
             if target is not None:
                 part = target.view(out, columns // self.kind.block, -1)[rows, cols]
                 part.copy_(value.view(value.shape[0], part.shape[1], part.shape[0]).permute(2, 1, 0))
-
-
-_CHUNK = 3 << 17  # weights searched at once: the few buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 23
 
 
 @torch.no_grad()

@@ -13,6 +13,12 @@ from auto_round.codecs.quantized_layer import Codes, QuantizedLayer
 from auto_round.codecs.registry import FP16_MAX
 from auto_round.schemes import QuantizationScheme
 
+# Weights per thread and chunk: a float32 buffer of 1 MB. With fewer, launching PyTorch's operations dominates.
+_CHUNK = 1 << 18
+_GPU_CHUNK = 1 << 24
+_CHUNK_WEIGHTS = 1 << 17  # weights rounded at once: stays in cache, without a float32 copy of a whole layer
+_HUGE = 1e30
+
 
 @dataclass(frozen=True)
 class GgmlType:
@@ -139,11 +145,6 @@ class GgmlBlocks(Codes):
         return int((weight.reshape(-1, self.kind.block).abs().amax(1) > FP16_MAX).sum())
 
 
-# Weights per thread and chunk: a float32 buffer of 1 MB. With fewer, launching PyTorch's operations dominates.
-_CHUNK = 1 << 18
-_GPU_CHUNK = 1 << 24
-
-
 def block_slices(part: slice, block: int, device: torch.device, times: int = 1) -> Iterator[slice]:
     """Cut a slice of blocks of `block` weights into chunks; `times` larger ones where the work per weight is small."""
     chunk = _CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
@@ -153,10 +154,6 @@ def block_slices(part: slice, block: int, device: torch.device, times: int = 1) 
         step -= 8
     for start in range(part.start, part.stop, step):
         yield slice(start, min(start + step, part.stop))
-
-
-_CHUNK_WEIGHTS = 1 << 17  # weights rounded at once: stays in cache, without a float32 copy of a whole layer
-_HUGE = 1e30
 
 
 def code_limits(kind: GgmlType) -> tuple[float, float]:

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+# The kernels of all experts of a mixture: (x [rows, in] sorted by expert, offsets int32 [experts + 2] on the device) ->
+# [rows, out], without bias. Offsets are the first row of each expert, the first row without an expert (their results
+# are zeros), and the number of rows.
+JoinedKernels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -35,12 +40,6 @@ class IntegerWeight:
     scales: torch.Tensor  # [out, groups], in the file's dtype
     zeros: torch.Tensor  # uint8 [out, groups]
     spec: LayerSpec
-
-
-# The kernels of all experts of a mixture: (x [rows, in] sorted by expert, offsets int32 [experts + 2] on the device) ->
-# [rows, out], without bias. Offsets are the first row of each expert, the first row without an expert (their results
-# are zeros), and the number of rows.
-JoinedKernels = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class LinearKernel(nn.Module):

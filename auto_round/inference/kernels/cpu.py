@@ -34,8 +34,7 @@ from auto_round.logger import logger
 SOURCES = tuple(Path(__file__).with_name(f"cpu_{name}") for name in ("linear.c", "dense.c", "common.h"))
 # Maximum number of columns that share an input scale: `CHUNK` in the C source, where the bound on sums depends on it.
 CHUNK = 128
-# Rows up to which our half-precision product is faster than converting the weights to float32 for PyTorch's.
-ROWS = 48
+ROWS = 48  # rows up to which our half-precision product is faster than converting the weights to float32 for PyTorch's
 # Weights converted to float32 at once.
 _CHUNK_NUMEL = 1 << 22
 HALF_DTYPES = (torch.bfloat16, torch.float16)

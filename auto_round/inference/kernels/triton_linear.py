@@ -29,10 +29,9 @@ _FIELD = {2: 2, 3: 4, 4: 4, 8: 8}
 EXPONENT = 0x4B000000
 # Rows from which the weight is dequantized to memory once and multiplied by the vendor's library.
 DENSE_ROWS = {torch.float32: 64, torch.float16: 512, torch.bfloat16: 512}
-# Weights dequantized to memory at once: 256 MB in half precision.
-DENSE_NUMEL = 1 << 27
-# Maximum number of rows of the vector program, which repeats its work for each; tiles pad rows to 16.
-VECTOR_ROWS = 2
+DENSE_NUMEL = 1 << 27  # weights dequantized to memory at once: 256 MB in half precision
+VECTOR_ROWS = 2  # maximum number of rows of the vector program, which repeats its work for each; tiles pad rows to 16
+_FORM = "int bits, int width, int group, int zero, int in_features, int out_features"
 
 
 class Form(NamedTuple):
@@ -377,9 +376,6 @@ def _sum_parts(out: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     arguments, grid = (out, total, total.numel()), (-(-total.numel() // 1024),)
     _launch("add_parts", grid, out.device, arguments, 4, PARTS=len(out), BLOCK=1024)
     return total
-
-
-_FORM = "int bits, int width, int group, int zero, int in_features, int out_features"
 
 
 @torch.library.custom_op(

@@ -23,6 +23,11 @@ from auto_round.layouts.bit_stream import pack_rows, pack_words, unpack_rows
 from auto_round.layouts.integers import AWQ, GPTQ_V2, GptqLayout, signed_values, stored_codes
 
 _GROUP_SIZES = (32, 64, 128, 256)
+# ExLlamaV2's scratch memory on each device, shared by its layers and freed with the last of them.
+_scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
+# GPTQModel's errors for an unsupported machine or layer: a missing module, an unsupported value, an extension that does
+# not compile.
+_UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
 def _aligned(rows: torch.Tensor) -> torch.Tensor:
@@ -223,14 +228,6 @@ class HpuLinear(LinearKernel):
 
     def codes(self) -> torch.Tensor:
         return unpack_rows(self.words, 4).T.contiguous()
-
-
-# ExLlamaV2's scratch memory on each device, shared by its layers and freed with the last of them.
-_scratch: weakref.WeakValueDictionary[torch.device, Any] = weakref.WeakValueDictionary()
-
-# GPTQModel's errors for an unsupported machine or layer: a missing module, an unsupported value, an extension that does
-# not compile.
-_UNSUPPORTED_ERRORS = (ImportError, ValueError, RuntimeError)
 
 
 class GptqmodelLinear(LinearKernel):

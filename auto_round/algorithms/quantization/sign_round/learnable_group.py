@@ -21,6 +21,12 @@ from auto_round.codecs.minifloat import as_blocks, block_chunks, block_shape
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.codecs.registry import reshape_pad_tensor_by_group_size
 
+State = tuple[Tensor, ...]
+Index = tuple[slice, slice]
+SCALE_FACTOR_RANGE = (0.5, 1.5)
+_CPU_CHUNK = 1 << 16  # weights processed at once: the buffers of one chunk stay in cache
+_GPU_CHUNK = 1 << 24
+
 # Update rules of one learnable tensor. `apply` moves `value` in place, and may overwrite `gradient`.
 
 
@@ -60,14 +66,6 @@ class AdamStep:
 def make_rule(adam: bool, momentum: float) -> AdamStep | SignStep:
     """A fresh update rule for one tensor."""
     return AdamStep() if adam else SignStep(momentum)
-
-
-State = tuple[Tensor, ...]
-Index = tuple[slice, slice]
-
-SCALE_FACTOR_RANGE = (0.5, 1.5)
-_CPU_CHUNK = 1 << 16  # weights processed at once: the buffers of one chunk stay in cache
-_GPU_CHUNK = 1 << 24
 
 
 @cache

@@ -24,6 +24,11 @@ from auto_round.errors import NumericsError
 from auto_round.logger import logger
 from auto_round.threads import parallel_map
 
+_TOKENS_PER_LAYER = 128  # on a CPU, this many tokens per layer still hide the cost of calling it
+_EVALUATIONS = 8  # evaluations of the held-out loss during tuning, besides the start
+Tunable = LearnableGroup | AutogradTunableLinear
+T = TypeVar("T")
+
 
 def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
     """(tuned on, held out): a sixteenth is held out, at least one; with fewer than four samples all are in both."""
@@ -34,19 +39,12 @@ def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[held:]), sorted(order[:held])
 
 
-# On a CPU, this many tokens per layer still hide the cost of calling it.
-_TOKENS_PER_LAYER = 128
-
-
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
     """Samples of `tokens` tokens in one pass. On a CPU fewer than the batch: the same time with less memory, since
     activations are kept for one pass only. Blocks of many layers get more tokens to amortize each layer's call."""
     if device.type != "cpu":
         return batch
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
-
-
-_EVALUATIONS = 8  # evaluations of the held-out loss during tuning, besides the start
 
 
 def is_evaluation_step(done: int, iters: int) -> bool:
@@ -64,10 +62,6 @@ def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list
             queue += [samples[i] for i in torch.randperm(len(samples), generator=generator).tolist()]
         yield sorted(queue[:batch])
         queue = queue[batch:]
-
-
-Tunable = LearnableGroup | AutogradTunableLinear
-T = TypeVar("T")
 
 
 class MicroBatchRunner:
