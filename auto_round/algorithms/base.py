@@ -117,8 +117,7 @@ ALGORITHMS: dict[str, Callable[[torch.dtype], BlockQuantizer]] = {}
 
 
 def register_algorithm(name: str) -> Callable[[_Quantizer], _Quantizer]:
-    """Class decorator: a `BlockQuantizer` can be asked for as `algorithm=name`, and is made as `cls(scale_dtype)`.
-    Raises ConfigError when the name is taken."""
+    """Class decorator: `algorithm=name` asks for `cls(scale_dtype)`. Raises ConfigError when the name is taken."""
 
     def register(cls: _Quantizer) -> _Quantizer:
         if name in ALGORITHMS:

@@ -46,8 +46,7 @@ def descend_layer(task: LayerTask, hessian: Tensor, scale_dtype: torch.dtype) ->
 
 
 def descend_codes(weight: Tensor, grid: Grid, hessians: Sequence[Tensor], damping: float, passes: int) -> Tensor:
-    """Codes of a weight [out, in] found by coordinate descent on a grid of whole numbers, uint8 [out, in]. `hessians`:
-    of each band of input channels, in order, float32 [n, n]; `damping`: in parts of their mean diagonals."""
+    """Codes uint8 [out, in] on a grid of whole numbers, with a Hessian for each band of input channels."""
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     start = 0
     for hessian in hessians:
@@ -66,8 +65,7 @@ def descend_codes(weight: Tensor, grid: Grid, hessians: Sequence[Tensor], dampin
 
 @torch.no_grad()
 def descend(weight: Tensor, scale: Tensor, low: Limit, high: Limit, hessian: Tensor, passes: int) -> Tensor:
-    """Codes minus the zero point, [rows, in], starting at the nearest ones; tr(D H D') never increases. `weight` and
-    `scale` are [rows, in], like the limits of the codes minus the zero point, if these are no numbers."""
+    """Codes minus the zero point, [rows, in], from the nearest ones on; tr(D H D') never increases."""
     codes = (weight / scale).round_().clamp_(low, high)  # type: ignore[arg-type]
     gradient = (codes * scale - weight) @ hessian  # half of the true gradient
     diagonal = hessian.diagonal().unsqueeze(1)

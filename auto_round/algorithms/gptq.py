@@ -167,8 +167,7 @@ def _round_block(
 
 @lru_cache(maxsize=1)
 def _scripted() -> Callable[..., None]:
-    """`_round_block` without Python between its operations: layers that are rounded side by side would wait for each
-    other's turn to run Python most of the time."""
+    """`_round_block` without Python between its operations, for which layers rounded side by side would wait."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecated in favor of compilers, which need one to be installed
@@ -195,8 +194,7 @@ def gptq_layer(
     task: LayerTask, optimized: bool, scale_dtype: torch.dtype, damping: float = DAMPING,
     known: HessianFactors | None = None,
 ) -> QuantizedLayer:  # fmt: skip
-    """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes.
-    `optimized`: on scales of the weighted search, instead of plain ones; `known`: of `shared_hessian_factors`."""
+    """Quantize one layer by error feedback; to the nearest codes where it has no Hessian, or its type no codes."""
     if task.input_hessians is None or not task.codec.uses_feedback(asked=True):
         return quantize_layer(task, optimized, scale_dtype)
     start, codes = feedback_start(task, optimized, scale_dtype, damping, known or {})

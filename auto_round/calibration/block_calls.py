@@ -130,8 +130,7 @@ class NestedValue:
         self, leaves: Sequence[Any] | None = None,
         make_shared: Callable[[type, int, dict[Any, Any]], Any] | None = None,
     ) -> Any:  # fmt: skip
-        """Rebuild the nested value, with other tensors if they are given. `make_shared` creates the objects that blocks
-        write to, from class, number and earlier entries."""
+        """Rebuild the value, with other tensors if given; `make_shared` makes what blocks write to (class, number)."""
         rest_consts, rest_leaves = iter(self.consts), iter(self.leaves if leaves is None else leaves)
 
         def visit(node: Any) -> Any:
@@ -215,8 +214,7 @@ def mutable_objects(value: Any) -> dict[ArgumentPath, Any]:
 
 
 class TensorPool:
-    """Stores tensors by content, large ones in `disk_store` if there is one. A rotary table that all blocks and samples
-    share is stored once."""
+    """Stores tensors by content, so that a table that all blocks share is stored once; large ones in `disk_store`."""
 
     def __init__(self, device: torch.device, disk_store: DiskStore | None = None) -> None:
         self.device, self.disk_store = device, disk_store

@@ -23,8 +23,7 @@ _CHUNK_BYTES = 1 << 26
 
 
 class DiskStore:
-    """One growing temporary file of activations in `folder`, without a name once it is open: it ends with the process.
-    Raises OutputError when the folder cannot be written or its disk is full."""
+    """A growing temporary file of activations, without a name once open. Raises OutputError if it cannot be written."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)

@@ -48,8 +48,7 @@ class ImatrixFile:
 
 
 def read_imatrix(path: str | os.PathLike[str]) -> ImatrixFile:
-    """Read an importance matrix of either format. Raises DataError for a file that cannot be read, is truncated or
-    malformed, or has NaN, Inf or negative values."""
+    """Read an importance matrix of either format. Raises DataError for a damaged file or values not finite."""
     path = Path(path)
     try:
         with open(path, "rb") as file:

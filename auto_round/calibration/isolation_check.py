@@ -77,8 +77,7 @@ def _is_mutable(value: Any) -> bool:
 
 
 class IsolationCheck:
-    """Runs every block as the model calls it, and again from what would be recorded. `store` holds the arguments for
-    the comparison; with `stream_experts`, one expert is loaded at a time."""
+    """Runs every block as the model calls it, and again from what would be recorded, with arguments in `store`."""
 
     def __init__(self, source: ModelSource, store: block_calls.TensorPool, stream_experts: bool) -> None:
         self.source, self.store, self.stream_experts = source, store, stream_experts
@@ -97,8 +96,7 @@ class IsolationCheck:
         self._non_block = list(non_block_modules(source).values())
 
     def run(self, sample: dict[str, torch.Tensor], device: torch.device) -> block_calls.ModelDependencies:
-        """Run one sample through all blocks, and return the dependencies between them. Raises ModelError or
-        UnsupportedError when they cannot run one at a time."""
+        """The dependencies between blocks. Raises ModelError or UnsupportedError when they cannot run one at a time."""
         self._tokens = sample["input_ids"].numel()
         # After the blocks only another call of a block would matter: no need to load the head.
         block_calls.run_model(self.source, [sample], device, self._forward, output_head(self.source.model))
@@ -113,8 +111,7 @@ class IsolationCheck:
         return block_calls.ModelDependencies(self._layout, blocks, self._kinds, self._changes_hidden)
 
     def compare_recording(self, calls: list[NestedValue]) -> None:
-        """Compare the calls of this sample with those recorded in a pass without the blocks. Raises UnsupportedError
-        when an argument differs, because it depends on what earlier blocks computed."""
+        """Raise UnsupportedError when a recorded argument depends on what earlier blocks computed."""
         for index, (real, recorded) in enumerate(zip(self._calls, calls, strict=True)):
             same = real.spec == recorded.spec and len(real.leaves) == len(recorded.leaves)
             pairs = enumerate(zip(real.leaves, recorded.leaves, strict=False))

@@ -35,8 +35,8 @@ _O = TypeVar("_O", bound="InputObserver")
 
 
 class InputObserver(ABC):
-    """Statistics of the inputs of layers, by layer name. `mask`, bool [B, T], says which positions count in the next
-    run of the block; None counts all. An input of another shape (an expert sees its own tokens only) counts whole."""
+    """Statistics of the inputs of layers, by name. `mask`, bool [B, T]: positions that count, for inputs of that
+    shape."""
 
     every_token = False  # the mask excludes padding only, not positions without a loss
     mask: torch.Tensor | None = None
@@ -125,8 +125,7 @@ class MinMaxObserver(InputObserver, dict[str, tuple[torch.Tensor, torch.Tensor]]
         self[name] = (low, high)
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Minimum and maximum of a layer's inputs; if it never ran, of the other experts of its block, or of all
-        layers. Raises NumericsError when the inputs have NaN or Inf, or no layer ran."""
+        """(minimum, maximum) of a layer, or if it never ran of others. Raises NumericsError for NaN, Inf or none."""
         found = [self[name]] if name in self else []
         if not found and _EXPERT.search(name):
             experts = _EXPERT.sub("experts.*.", name)

@@ -37,8 +37,7 @@ class StartOptions:
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The values that the codes of a matrix can stand for: `minimum + scale * (number - zero)`, where numbers are whole
-    and codes themselves, or minifloats."""
+    """The values of the codes of a matrix, `minimum + scale * (number - zero)`, of whole numbers or minifloats."""
 
     scale: Tensor  # float32 [out, groups], none of them zero
     group: int  # input channels in a group; the last one may be short
@@ -156,8 +155,7 @@ CODECS: dict[str, CodecFactory] = {}
 
 
 def register_codec(*names: str) -> Callable[[CodecFactory], CodecFactory]:
-    """Decorator of a `Codec` class, or of a function that makes one of a scheme: it serves these data types. Raises
-    ConfigError when a name is taken."""
+    """Decorator of what makes a `Codec` of a scheme of these data types. Raises ConfigError when a name is taken."""
 
     def register(factory: CodecFactory) -> CodecFactory:
         for name in names:

@@ -50,8 +50,7 @@ def _powers(exponents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PowerOfTwo:
-    """Scales 2**-127 .. 2**127, a byte each (E8M0, OCP MX v1.0, 5.4.1): `floor(log2(largest)) - emax` (6.3 there), with
-    which the largest values may saturate, or with `up` the smallest power with which none does."""
+    """Scales 2**-127 .. 2**127: `floor(log2(largest)) - emax` (OCP MX v1.0, 6.3), or with `up` none saturates."""
 
     has_global_scale: ClassVar[bool] = False  # stored scales are relative to one of the whole tensor
     element: MinifloatType
@@ -199,8 +198,7 @@ def search_scales(
     weight: Tensor, spec: BlockFloatSpec, group_size: GroupSize, importance: Tensor | None = None,
     global_scale: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Stored scales float32 [R, C] of a weight [out, in]: of each block the one with the least squared error, weighted
-    by `importance` [in], among that of the rule and its neighbours."""
+    """Scales float32 [R, C] of a weight, of the rule's and its neighbours those with the least weighted error."""
     blocks = as_blocks(weight, group_size)
     _, _, c, n = blocks.shape
     given = torch.ones(weight.shape[1]) if importance is None else importance
@@ -232,8 +230,7 @@ def search_scales(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`f * nearest(x / f)`. Inside the element's range dW/dx = 1 and dW/df = q - x/f; outside they are 0 and q
-    (LSQ, arXiv 1902.08153, equation 3)."""
+    """`f * nearest(x / f)` with the gradients of LSQ (arXiv 1902.08153, equation 3)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor, element: MinifloatType) -> Tensor:

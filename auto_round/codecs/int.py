@@ -156,8 +156,7 @@ def _search(w: Tensor, bits: int, sym: bool, h: Tensor, scale_dtype: torch.dtype
             codes.round_().clamp_(-zero, top - zero)
 
     def fit(proposal: Tensor, zero: Tensor | float) -> tuple[Tensor, Tensor]:
-        """Least-squares scale for the codes of a proposal (1/scale when symmetric, else scale), and the error that it
-        removes."""
+        """Least-squares scale for the codes of a proposal (1/scale when symmetric), and the error that it removes."""
         (torch.mul if sym else torch.div)(w, proposal, out=codes)
         clamp_codes(zero)
         energy = torch.mul(codes, codes, out=squares).mul_(h).sum(-1, keepdim=True)
@@ -248,8 +247,7 @@ ActivationQParams = tuple[Tensor, Tensor | float]
 
 
 def activation_qparams(low: Tensor, high: Tensor, bits: int, sym: bool) -> ActivationQParams:
-    """(scale, zero point) for inputs from `low` to `high`, in their dtype. The zero point is a code of the signed
-    range: 0.0 when symmetric."""
+    """(scale, zero point in the signed range) for inputs from `low` to `high`, in their dtype."""
     low, high = low.clamp(max=0), high.clamp(min=0)
     steps = 2**bits - 1
     scale = torch.maximum(-low, high) / (steps / 2) if sym else (high - low) / steps

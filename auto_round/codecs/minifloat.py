@@ -77,8 +77,7 @@ def block_absmax(blocks: Tensor) -> Tensor:
 
 
 def block_chunks(blocks: Tensor, elements: int) -> list[tuple[slice, slice]]:
-    """Slices of the first two dimensions, in order, of about `elements` values each. A block is split across its rows
-    only if it is the single one."""
+    """Slices of the first two dimensions, of about `elements` values each. Only a single block is split by rows."""
     r, m, c, n = blocks.shape
     if not r == c == 1 or m == 1:
         step = max(1, elements // max(1, m * c * n))
@@ -169,8 +168,7 @@ def register_minifloat(element: MinifloatType) -> MinifloatType:
 def dequantize_minifloat(
     codes: Tensor, element: MinifloatType, scale: Tensor, group_size: GroupSize, global_scale: Tensor | None = None
 ) -> Tensor:
-    """float32 [out, in]: `decode(code) * scale`, or `decode(code) * (scale / global_scale)`, all in float32. `scale` is
-    one for each block, [R, C], or one for all."""
+    """float32 [out, in]: `decode(code) * (scale / global_scale)`; a scale for each block, [R, C], or one for all."""
     factors, shape = scale.float(), (int(codes.shape[0]), int(codes.shape[1]))
     if global_scale is not None:
         factors = factors / global_scale.float().reshape(())

@@ -43,8 +43,7 @@ class Codes(ABC):
 
     @abstractmethod
     def digest_parts(self, layer: QuantizedLayer, dtype: torch.dtype) -> tuple[Tensor | str, ...]:
-        """What a file must hold of `layer`, in normal form: equal parts for equal contents, however they are held.
-        Without codes that is the weight in `dtype`."""
+        """What a file must hold of `layer`, in normal form; without codes, that is the weight in `dtype`."""
 
     def is_finite(self) -> bool:
         """Whether all scales (without codes, all weights) are finite."""

@@ -77,8 +77,7 @@ def revert_tensor_by_pad(tensor: Tensor, orig_out_features: int, orig_shape: tor
 
 
 def normalized_importance(importance: Tensor) -> Tensor:
-    """float32 importance of mean one. A channel that was never active in the calibration data still gets a small
-    weight, so that its weights are not rounded at random."""
+    """float32 importance of mean one; channels never active in calibration keep a little, so as not to be random."""
     weights = importance.float()
     mean = weights.mean()
     return weights / mean + 1e-4 if torch.isfinite(mean) and mean > 0 else torch.ones_like(weights)

@@ -211,8 +211,7 @@ class FloatGrid(TunableGrid):
 def ggml_values(
     blocks: Tensor, delta: Tensor, step: Tensor, inverse: Tensor, minimum: Tensor, low: float, high: float
 ) -> Tensor:
-    """`step`, `inverse`, `minimum`: s, 1/s (nearly zero for a step of zero) and m; `low`, `high`: limits of the code
-    minus its zero."""
+    """`step`, `inverse`, `minimum`: s, 1/s and m; `low`, `high`: limits of the code minus its zero."""
     codes = ((blocks.float() - minimum) * inverse + delta).round().clamp(low, high)
     return codes * step + minimum
 

@@ -356,8 +356,7 @@ _Format = TypeVar("_Format", bound=type[OutputFormat])
 
 
 def register_format(name: str, *arguments: Any) -> Callable[[_Format], _Format]:
-    """Class decorator: register a format as `name`, made with these arguments; twice for two names. Raises ConfigError
-    when the name is taken."""
+    """Class decorator: register a format, made with these arguments. Raises ConfigError when the name is taken."""
 
     def decorate(cls: _Format) -> _Format:
         if name in FORMATS:
@@ -432,8 +431,7 @@ def require_cache(fmt: OutputFormat, cache: CacheScheme) -> None:
 
 
 def slow_kernel_notes(formats: Iterable[OutputFormat], layers: Sequence[tuple[str, int, int, int]]) -> list[str]:
-    """One warning for each fast kernel that does not support the sizes of some layers. `layers`: (name, in_features,
-    out_features, group size) of the quantized layers."""
+    """One warning for each fast kernel that does not fit some layers: (name, in_features, out_features, group size)."""
     notes = []
     for kernel, rule in dict(fmt.fast_kernel for fmt in formats if fmt.fast_kernel is not None).items():
         lost = [(name, why) for name, *sizes in layers if (why := rule.problem(*sizes)) is not None]

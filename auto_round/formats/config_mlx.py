@@ -50,8 +50,7 @@ _PREDICTION_LAYERS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_
 
 
 def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a config's values with the keys before Transformers 5 beside `rope_parameters`, unless present: mlx-lm
-    reads no others."""
+    """A copy of a config's values with the rotary keys before Transformers 5, the only ones that mlx-lm reads."""
     parameters = values.get("rope_parameters")
     if not isinstance(parameters, dict):
         return dict(values)
@@ -71,8 +70,7 @@ def with_legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def mlx_quantization(plan: ExportPlan, rules: ModelRules) -> dict[str, Any]:
-    """The `quantization` object of an MLX config.json: the default bits and group size, then those of every linear
-    layer and embedding by module name, or false where it is unquantized."""
+    """The `quantization` object of an MLX config.json: the default, then each module's own or false."""
     values = lambda scheme: scheme.quantizes_weights and {"group_size": scheme.group_size, "bits": scheme.bits}
     result: dict[str, Any] = {**values(plan.default_scheme()), **{rules.module_name(n): False for n in plan.embeddings}}
     return result | {rules.module_name(name): values(scheme) for name, scheme in plan.layers.items()}

@@ -56,8 +56,7 @@ class Conversion:
         return gguf.get_tensor_name_map(arch, self.settings.blocks)
 
     def place(self, name: str) -> list[Placement]:
-        """Placements of the source tensor `name`; none for a skipped one. Raises UnsupportedError for a tensor that the
-        family does not have."""
+        """Placements of a source tensor; none for a skipped one. Raises UnsupportedError for an unknown one."""
         block = _BLOCK.search(name)
         prediction = block is not None and int(block[1]) >= self.settings.blocks  # of several tokens; not written
         if prediction or _SKIPPED.search(name) or (self.settings.tied and name in ("lm_head.weight", "output.weight")):
@@ -169,8 +168,7 @@ class GgufPlan:
         return self.types[places[0].tensor] if places else None
 
     def with_types(self, wanted: Mapping[str, str]) -> GgufPlan:
-        """The plan with other types for some source tensors. Raises ConfigError when parts of one tensor (stacked
-        experts) are given different types."""
+        """The plan with other types for some sources. Raises ConfigError when parts of one tensor would differ."""
         found: dict[str, tuple[str, str]] = {}
         for source, kind in wanted.items():
             for place in self.places[source]:

@@ -163,8 +163,7 @@ FAMILIES: dict[str, Family] = {}  # by model type
 
 
 def register_family(family: Family) -> Family:
-    """Make the models of `family.model_types` writable as GGUF. Raises ConfigError when a model type belongs to another
-    family."""
+    """Make models of a family writable as GGUF. Raises ConfigError when a model type belongs to another one."""
     for name in family.model_types:
         if FAMILIES.setdefault(name, family) != family:
             raise ConfigError(

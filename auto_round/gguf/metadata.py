@@ -21,8 +21,7 @@ def gguf_package() -> Any:
 
 
 class KeyValue(NamedTuple):
-    """The arguments of `gguf.GGUFWriter.add_key_value`: `kind` is a `gguf.GGUFValueType`, `item_kind` that of the items
-    of a list."""
+    """The arguments of `gguf.GGUFWriter.add_key_value`; both kinds are `gguf.GGUFValueType`."""
 
     key: str
     value: Any
@@ -49,8 +48,7 @@ def key_value(key: str, value: Any, kind: str) -> KeyValue:
 
 
 def size_label(tensors: Mapping[str, tuple[int, ...]]) -> str:
-    """The model's size, such as "135M" or "8x7B", from the shapes of the file's tensors. 8x7B has eight experts, and 7B
-    parameters with one of them."""
+    """The model's size from the shapes of its tensors: "135M", or "8x7B" for eight experts and 7B with one of them."""
     total = sum(map(math.prod, tensors.values()))
     routed = [shape for name, shape in tensors.items() if "_exps." in name]
     once = sum(math.prod(shape[1:]) for shape in routed)

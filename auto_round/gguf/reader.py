@@ -45,8 +45,7 @@ class GgufHeader(NamedTuple):
 
 
 def read_header(path: str | os.PathLike[str]) -> GgufHeader:
-    """The header of a GGUF file of version 2 or 3. Raises DataError, which names the file and the problem, when it
-    cannot be read, is damaged, or has a tensor of an unknown type."""
+    """The header of a GGUF file of version 2 or 3. Raises DataError, with the file and problem, if it is unsound."""
     try:
         with open(path, "rb") as file:
             return _Reader(file, Path(path)).header()
@@ -154,8 +153,7 @@ class GgufTensors:
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
 
     def stored(self, name: str, slot: int | None = None) -> torch.Tensor:
-        """A copy of the stored tensor, or of one `slot` of its first dimension: uint8 [..., row bytes] for blocks, else
-        in its own dtype."""
+        """A copy of a tensor, or of one `slot` of it: uint8 [..., row bytes] for blocks, else in its own dtype."""
         if name not in self.tensors:
             raise VerifyError(f"{self.path} does not hold tensor {name!r}")
         info = self.tensors[name]

@@ -126,8 +126,7 @@ _MARKS_NOTE = "llama.cpp splits words at combining marks (Indic scripts, Thai, .
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer in the form of a GGUF file: a token for every row of the embedding, the keys tokenizer.*, and where
-    llama.cpp tokenizes differently from Transformers, for the user."""
+    """A tokenizer for a GGUF file: a token for every row of the embedding, keys, and differences for the user."""
 
     tokens: TokenList
     metadata: tuple[KeyValue, ...]

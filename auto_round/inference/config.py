@@ -217,8 +217,7 @@ class CheckpointConfig:
 
 
 def read_config(config: Any) -> CheckpointConfig:
-    """Parse a `quantization_config`: a mapping or an object such as Transformers' AutoRoundConfig. Raises
-    UnsupportedError for what this version cannot run, ConfigError for malformed values."""
+    """Parse a `quantization_config`. Raises UnsupportedError for what cannot run here, ConfigError if malformed."""
     with _malformed_as_config_error():
         return CheckpointConfig(_auto_round_values(config))
 

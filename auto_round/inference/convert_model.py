@@ -45,8 +45,8 @@ _DROPPED_KEYS = (
 
 
 def infer_target_device(device_map: object = None) -> str:
-    """The kind of device, such as "cuda", on which layers placed by Transformers' `device_map` will run. Of several
-    devices the first accelerator counts. Raises DeviceError for a value that is not a device map."""
+    """The kind of device, such as "cuda", of a `device_map`: the first accelerator. Raises DeviceError if it is
+    none."""
     here = available_devices()
     if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
         return "hpu" if "hpu" in here else "cpu"
@@ -114,8 +114,7 @@ def convert_hf_model(model: Any, target_device: str = "cpu") -> tuple[Any, list[
 
 
 def post_init(model: nn.Module, used_backends: list[str] | None = None) -> None:
-    """Check that every packed layer got its tensors, start kernels, and rewrite a GPTQ or AWQ config with AutoRound's
-    keys. Raises ModelError naming the first missing tensor."""
+    """Check that packed layers got their tensors (else ModelError), start kernels, and normalize the config."""
     device_map = getattr(model, "hf_device_map", None) or {}
     # Transformers' mark on loaded tensors is lost when a tensor moves to another device.
     marked = len(set(map(str, device_map.values()))) <= 1 and any(
@@ -326,8 +325,7 @@ def _names_module(tensor: str, modules: set[str]) -> bool:
 
 
 def checkpoint_tensors(model: Any) -> dict[str, StoredTensor] | None:
-    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found again: Transformers
-    does not pass on its list of them."""
+    """Names, shapes and dtypes of the checkpoint's tensors, or None when its files cannot be found again."""
     config = model.config
     where = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
     if not where:

@@ -344,8 +344,7 @@ class PackedExperts:
 
 
 def enable_grouped_experts(model: nn.Module) -> int:
-    """Enable grouped calls in every `RoutedExperts` of `model` whose layers support it; returns how many do. All
-    experts of a projection must have kernels of one class and equal sizes, without a column permutation."""
+    """Enable grouped calls in every `RoutedExperts` with equal kernels per projection; returns in how many."""
     found = 0
     for experts in model.modules():
         if isinstance(experts, RoutedExperts):

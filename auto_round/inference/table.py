@@ -269,8 +269,8 @@ def _split_names(requested: str) -> list[str]:
 def choose_backend(
     fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None
 ) -> BackendChoice:
-    """The backend for a layer stored as `fmt` that will run on `device` ("cpu", "cuda", ...); `requested` as above.
-    Raises ConfigError when there is no such backend, UnsupportedError when none can run this layer."""
+    """The backend for a layer. Raises ConfigError when there is no such backend, UnsupportedError when none can run
+    it."""
     device = device.split(":")[0]
     rejected: list[str] = []
     missing: list[Backend] = []
@@ -300,8 +300,7 @@ def usable(backend: Backend, here: tuple[str, ...]) -> tuple[bool, str]:
 def choose_backends(
     layers: Mapping[str, tuple[LayerFormat, LayerSpec]], device: str, requested: str = AUTO
 ) -> dict[str, BackendChoice]:
-    """The backend of each layer that will run on `device`. Layers that the requested one cannot run get that of `auto`,
-    and a warning says which and why. Raises the errors of `choose_backend` when a layer, or all cannot run."""
+    """The backend of each layer: the requested, or that of `auto` with a warning. Raises as `choose_backend`."""
     rows = requested_rows(requested)
     kinds: dict[tuple[LayerFormat, LayerSpec], list[str]] = {}
     for name, kind in layers.items():

@@ -16,8 +16,7 @@ TensorSpecs = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Layout(ABC):
-    """One way to store a layer. Tensors have local names (`qweight`, not `name.qweight`); the bias is not included.
-    `leaves`: names of all tensors that a layer may have, the codes first; needed by `auto_round.inference`."""
+    """One way to store a layer: tensors with local names (`leaves`, the codes first), without the bias."""
 
     leaves: ClassVar[tuple[str, ...]]
 

@@ -90,8 +90,7 @@ def _pack_chunk(rows: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack_rows(words: torch.Tensor, bits: int, count: int | None = None) -> torch.Tensor:
-    """The inverse of `pack_rows`: int32 or uint32 [m, words] to uint8 [m, count], contiguous; by default all values.
-    `unpack_rows(words.T, bits)` is the transpose of what `pack_words` packed."""
+    """The inverse of `pack_rows`: [m, words] to uint8 [m, count], contiguous; transposed, of `pack_words`."""
     count = words.shape[1] * 32 // bits if count is None else count
     values, width = period(bits, 8)
     stream, periods = words.reshape(-1).view(torch.uint8).view(len(words), -1), -(-count // values)

@@ -28,8 +28,7 @@ SCALES = {"mx_fp": torch.uint8, "mx_int": torch.uint8, "nv_fp": torch.float8_e4m
 
 
 def pack_e8m0(scale: torch.Tensor) -> torch.Tensor:
-    """float32 powers of two from 2**-127 to 2**127 as uint8 bytes, in their shape. Raises NumericsError for any other
-    value."""
+    """float32 powers of two from 2**-127 to 2**127 as uint8 bytes. Raises NumericsError for any other value."""
     bits = scale.float().contiguous().view(torch.int32)
     stored = (bits >> _MANTISSA_BITS).to(torch.uint8)  # the exponent's field; that of 2**-127 is zero
     if not torch.equal(unpack_e8m0(stored).view(torch.int32), bits) or bool((stored == 255).any()):

@@ -116,8 +116,7 @@ def _choice(numbers: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class GptqLayout(IntegerLayout):
-    """GPTQ tensors with zero points stored minus `zero_offset`. `g_idx`: add `g_idx` int32 [in], the group of each
-    input column, which AutoGPTQ's readers expect."""
+    """GPTQ tensors with zero points stored minus `zero_offset`; `g_idx`, the group of each input, if AutoGPTQ's."""
 
     zero_offset: int
     g_idx: bool = False
@@ -142,8 +141,7 @@ class GptqLayout(IntegerLayout):
         return None
 
     def words(self, codes: torch.Tensor, zeros: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`qweight` and `qzeros` of codes uint8 [out, in] and zero points uint8 [out, groups]. Raises UnsupportedError
-        when a dimension does not fill whole words."""
+        """`qweight` and `qzeros` of codes and zero points. Raises UnsupportedError when these fill no whole words."""
         stored = (zeros.to(torch.int16) - self.zero_offset).bitwise_and_((1 << bits) - 1).to(torch.uint8)
         return pack_words(codes.T, bits), pack_words(stored, bits).T.contiguous()
 

@@ -43,8 +43,7 @@ TRANSFORMS: dict[str, type[BlockTransform]] = {}
 
 
 def register_transform(name: str) -> Callable[[type[BlockTransform]], type[BlockTransform]]:
-    """Class decorator: the transform can be asked for as `--algorithm NAME`, alone or as `NAME,auto_round`. Raises
-    ConfigError when the name is taken."""
+    """Class decorator: `--algorithm NAME` asks for the transform. Raises ConfigError when the name is taken."""
 
     def register(kind: type[BlockTransform]) -> type[BlockTransform]:
         if TRANSFORMS.setdefault(name, kind) is not kind:

@@ -52,8 +52,7 @@ Document = str | list[Message] | TokenDocument
 
 
 def documents_from_object(data: Any, seed: int) -> Iterator[Document]:
-    """Yield the documents of a Python object in its own order, which a DataLoader may draw from `seed`. Raises
-    ConfigError for an unsupported type, DataError for a bad sample."""
+    """Yield the documents of a Python object. Raises ConfigError for its type, DataError for a bad sample."""
     if isinstance(data, (Mapping, torch.Tensor)) or _is_ids(data) or _is_conversation(data):
         yield from documents_from_item(data, "the dataset")
         return

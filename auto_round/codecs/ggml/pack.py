@@ -112,8 +112,7 @@ def pack_blocks(blocks: GgmlBlocks) -> Tensor:
 
 
 def unpack_blocks(data: Tensor, kind: GgmlType | str, columns: int) -> GgmlBlocks:
-    """The inverse of `pack_blocks` for rows of `columns` weights. `data`: uint8 [out, row_bytes], any device; any bytes
-    are valid blocks. `kind`: the type or its name."""
+    """The inverse of `pack_blocks` for rows of `columns` weights, from any bytes uint8 [out, row_bytes]."""
     kind = GGML_TYPES[kind] if isinstance(kind, str) else kind
     assert data.shape[1] == kind.row_bytes(columns)
     out, rows, places = data.shape[0], data.contiguous().view(-1, kind.nbytes), _places(kind)

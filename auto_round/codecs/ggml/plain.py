@@ -66,8 +66,7 @@ def total(terms: Tensor) -> Tensor:
 
 
 def signed_absmax(values: Tensor, dim: int) -> Tensor:
-    """The value of the largest magnitude along `dim` of a matrix: the first on a tie, never -0, NaN where one is
-    NaN."""
+    """The value of the largest magnitude along `dim` of a matrix: the first on a tie, never -0; NaN if one is."""
     high, low = values.amax(dim), values.amin(dim)
     found = torch.where(high >= -low, high, low).add_(0.0)
     tied = ((high == -low) & (high > 0)).nonzero().squeeze(1)
@@ -195,8 +194,7 @@ def descend_symmetric(x: Tensor, weight: Tensor, zero: int) -> Fit:
 
 
 def _descend(state: Sequence[Tensor], zero: int, rounds: int) -> None:
-    """Update the codes and sums of (x, weight, pull, codes, sums): the sums [2, columns] are those of pull * codes and
-    weight * codes**2."""
+    """Update codes and sums of (x, weight, pull, codes, sums of pull * codes and of weight * codes**2 [2, columns])."""
     x = state[0]
     width = _DESCENT_COLUMNS * torch.get_num_threads() if x.device.type == "cpu" else x.shape[1]
     parts = [[t[:, i : i + width] for t in state] for i in range(0, x.shape[1], width)]
@@ -341,8 +339,7 @@ def _plain_with_minimum(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
 
 
 def plain_blocks(weight: Tensor, name: str) -> GgmlBlocks:
-    """A weight [out, in] in the ggml type `name`, such as `Q4_K`, rounded to nearest; `in` fills whole blocks. Raises
-    NumericsError when weights are NaN or Inf, or too large for a float16 d."""
+    """A weight [out, in] rounded to nearest in a ggml type. Raises NumericsError for what a float16 d cannot hold."""
     kind = GGML_TYPES[name]
     out, columns = weight.shape
     assert columns % kind.block == 0

@@ -96,8 +96,7 @@ SEARCH_CONFIGS: Mapping[str, SearchConfig] = MappingProxyType({
 
 
 def pairwise_sum(values: Tensor) -> Tensor:
-    """The sum over the first dimension, whose size is a power of two; `values` is overwritten, and the result a view.
-    By halves, because the order of `torch.sum` depends on strides and the number of threads."""
+    """The sum over the first dimension, a power of two, by halves, in a fixed order; `values` is overwritten."""
     while values.shape[0] > 1:
         half = values.shape[0] // 2
         values = torch.add(values[:half], values[half:], out=values[:half])
@@ -150,8 +149,7 @@ class SearchChunk:
         return torch.round(self._t, out=self._q).clamp_(self.low, self.high)
 
     def error(self, step: Tensor, minimum: Tensor | None = None) -> Tensor:
-        """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes, for steps of any sign or
-        zero."""
+        """[g, B]: sum over the group of h (step q + minimum - x)^2 at the nearest codes; steps may be zero."""
         wrong = self._round(step, minimum).sub_(self._t)
         found = pairwise_sum(torch.mul(wrong, wrong, out=self._t).mul_(self.h)) * step * step
         flat = self.sum_hxx
@@ -168,8 +166,7 @@ class SearchChunk:
 
 
 def fit_steps(chunk: SearchChunk, config: SearchConfig) -> Tensor:
-    """Steps without minimum, [g, B]; zero where all weights are. Starts are factors on the step that maps the weight of
-    largest magnitude to the lowest code."""
+    """Steps without minimum, [g, B], from factors on that which maps the largest magnitude to the lowest code."""
     high, low = chunk.x.amax(0), chunk.x.amin(0)
     base = torch.where(high > -low, high, low) / chunk.low
     best, gain = base, torch.full_like(base, -1.0)
@@ -256,8 +253,7 @@ class StoredParams:
         return step, self.dmin * self.mins * self.kind.min_sign
 
     def perturbed(self, perturbation: Pair) -> StoredParams:
-        """Neighbouring values: adds to the integers of scale and minimum. Without sub-blocks, as fractions of a step:
-        widens the range around its middle, and shifts it."""
+        """Neighbours: integers of scale and minimum moved, or without sub-blocks the range widened and shifted."""
         kind = self.kind
         if kind.is_k:
             low, high = scale_limits(kind)

@@ -173,8 +173,7 @@ def inverse_of(step: Tensor) -> Tensor:
 
 
 def round_codes(groups: Tensor, inverse: Tensor, minimum: Tensor | None, v: Tensor | None, kind: GgmlType) -> Tensor:
-    """uint8 codes of float32 weights: `clamp(round((w - minimum) * inverse + v)) + zero`, with `v` in units of one
-    code; the others are of the groups and broadcast."""
+    """uint8 codes of float32 weights: `clamp(round((w - minimum) * inverse + v)) + zero`, `v` in units of a code."""
     codes = groups * inverse if minimum is None else (groups - minimum).mul_(inverse)
     if v is not None:
         codes += v
@@ -183,8 +182,7 @@ def round_codes(groups: Tensor, inverse: Tensor, minimum: Tensor | None, v: Tens
 
 @torch.no_grad()
 def assign_codes(weight: Tensor, blocks: GgmlBlocks, v: Tensor | None = None) -> GgmlBlocks:
-    """Blocks with the codes of a weight [out, in] on their steps and minima; `v`: rounding deltas in units of one code,
-    [out, in] or in groups."""
+    """Blocks with the codes of a weight [out, in] on their steps and minima; `v`: as in `round_codes`, [out, in]."""
     kind, (out, columns) = blocks.kind, weight.shape
     groups = weight.view(out, columns // kind.group, kind.group)
     inverse, minimum = inverse_of(blocks.step()).unsqueeze(-1), blocks.minimum()

@@ -20,8 +20,7 @@ from auto_round.gguf.family import Assumption, Family, HfConfig, Key, Placement,
 
 
 def llama3_factors(s: HfConfig) -> dict[str, torch.Tensor]:
-    """float32 [head_dim / 2]: divisors of the rotary frequencies (Llama 3.1), 1 for wavelengths shorter than original /
-    high, `factor` for those longer than original / low, linear in original / wavelength between."""
+    """float32 [head_dim / 2]: divisors of the rotary frequencies (Llama 3.1's scaling for long contexts)."""
     rope, dims = s.rope, s.head_dim
     if rope["rope_type"] != "llama3":
         return {}

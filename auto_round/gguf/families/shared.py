@@ -60,8 +60,7 @@ DECODER = (*SIZES, *ROPE_SCALING, ROPE_BASE, SLIDING_ROPE_BASE, RMS_EPSILON, *EX
 
 
 def rotary_rows(rows: int, heads: int) -> torch.Tensor:
-    """int64 [rows]: the rows of a query or key projection with each head's two halves interleaved. Transformers rotates
-    dimensions i and i + half of a head together; llama.cpp, in some architectures, 2i and 2i + 1."""
+    """int64 [rows]: rows of a query or key projection with the halves of each head interleaved, as llama.cpp's."""
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
 
 

@@ -233,8 +233,7 @@ def _flat(x: torch.Tensor) -> tuple[int, torch.Tensor, int]:
 
 
 def multiply(packed: Sequence[torch.Tensor], x: torch.Tensor, counts: Sequence[int], out: int) -> torch.Tensor:
-    """x [..., in] -> [..., out] in the dtype of `x`. `packed` is one weight or, with `counts`, the rows of each expert
-    in x [rows, in], one per expert."""
+    """x [..., in] -> [..., out] in its dtype, by one weight or, with `counts` of rows of x, one per expert."""
     lib = library()
     dtype = DTYPES.get(x.dtype)
     if dtype is None or (dtype == 2 and not lib.half):
@@ -267,8 +266,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def dense_product(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """x [..., in] -> x W^T [..., out], with `weight` [out, in] and x of one half-precision dtype, summed in float32.
-    Results of up to `ROWS` rows do not depend on the number of rows or threads."""
+    """x W^T of one half-precision dtype, summed in float32; up to `ROWS` rows the same for any number of threads."""
     out, inputs = weight.shape
     rows, y = x.numel() // inputs, x.new_empty(*x.shape[:-1], out)
     if rows > ROWS:  # PyTorch's float32 product, some weights at a time

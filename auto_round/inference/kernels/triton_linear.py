@@ -84,8 +84,7 @@ def form_of(weight: IntegerWeight) -> Form:
 
 
 def pack_words(codes: torch.Tensor, form: Form) -> torch.Tensor:
-    """uint8 [out, in] to int32 [blocks * width, padded out]. Word r of a block has at position j the code of the
-    block's input j * width + r; padding is zero."""
+    """uint8 [out, in] to int32 [blocks * width, padded out]: word r of a block has at j its input j * width + r."""
     whole = codes.new_zeros(form.padded, form.blocks, form.per, form.width)
     whole.view(form.padded, -1)[: form.out_features, : form.in_features] = codes
     return pack_rows(whole.transpose(2, 3).reshape(form.padded, -1), form.bits).T.contiguous()
@@ -402,8 +401,7 @@ def triton_experts(
     x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, offsets: torch.Tensor,
     *sizes: int,
 ) -> torch.Tensor:  # fmt: skip
-    """x [rows, in] sorted by expert -> [rows, out]; offsets int32 [experts + 2], see `JoinedKernels`, are read on the
-    device only, without synchronization."""
+    """x [rows, in] sorted by expert -> [rows, out]; offsets (see `JoinedKernels`) are read on the device only."""
     packed = Packed(words, scales, zeros, Form(*sizes))
     if x.shape[0] == 0:
         return x.new_empty(0, packed.form.out_features)

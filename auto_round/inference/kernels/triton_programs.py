@@ -30,8 +30,7 @@ def _power(place: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _two(x, row, x_stride, k, mask, KIND: tl.constexpr):
-    """Inputs k and k + 1 (k is even) in float32. KIND: 0 for float32, 1 and 2 for pairs of bfloat16 and float16 as
-    int32."""
+    """Inputs k and k + 1 (k is even) in float32. KIND: 0 for float32, 1 and 2 for pairs of bfloat16 and float16."""
     if KIND == 0:
         here = x + row * x_stride + k
         first, second = tl.load(here, mask=mask, other=0.0), tl.load(here + 1, mask=mask, other=0.0)

@@ -231,8 +231,7 @@ class HpuLinear(LinearKernel):
 
 
 class GptqmodelLinear(LinearKernel):
-    """x -> x W^T by a module of GPTQModel. Its kernels compute in half precision: inputs, and scales that are not
-    float16, are rounded to the model's dtype."""
+    """x -> x W^T by a module of GPTQModel, in half precision: inputs are rounded to the model's dtype."""
 
     backend: str  # GPTQModel's names of the kernel, of the method and of the checkpoint's format
     method: str = "gptq"

@@ -83,8 +83,7 @@ def copy_state(state: State, into: State | None) -> State:
 
 
 class LearnableGroup:
-    """Rounding deltas and scale factors of some layers, and the quantized weights computed from them. The weights and
-    their rounding deltas are blocks [R, M, C, N] (see `codecs.minifloat`), layers stacked along R."""
+    """Rounding deltas and scale factors of layers, as blocks [R, M, C, N] stacked along R, and their weights."""
 
     start_delta: Tensor | None = None  # before the first step; None: zero, which gives the nearest codes
 
@@ -237,8 +236,7 @@ class LearnableGroup:
 
 
 def stack_tasks(tasks: Sequence[LayerTask]) -> list[list[LayerTask]]:
-    """Layers that can share a group, in the order of their first: of one scheme, stored type, width and device. Layers
-    with one scale for the whole tensor are each alone."""
+    """Layers that can share a group: of one scheme, stored type, width and device, without a scale for all of it."""
     groups: dict[Any, list[LayerTask]] = defaultdict(list)
     for index, task in enumerate(tasks):
         alone = index if task.scheme.group_size == 0 else None

@@ -72,8 +72,7 @@ class MicroBatchRunner:
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
 
     def run(self, step: Callable[[int], T]) -> T:
-        """`step(micro_batch)`, retried with half as many samples, then with the block's inputs off the device. Raises
-        DeviceError when even one sample does not fit."""
+        """`step(micro_batch)`, retried with less on the device. Raises DeviceError when one sample does not fit."""
         device = self.task.device
         while True:
             try:
@@ -200,8 +199,7 @@ class SignRoundQuantizer:
         return start, best
 
     def _choose_start(self, layers: Sequence[Tunable], held_out_loss: Callable[[], float]) -> float:
-        """The held-out loss at the start: with `gptq`, of the codes by error feedback or of the nearest ones, whichever
-        is lower."""
+        """The held-out loss at the start: with `gptq`, of the codes by error feedback or the nearest, if lower."""
         loss = held_out_loss()
         groups = [layer for layer in layers if isinstance(layer, LearnableGroup) and layer.start_delta is not None]
         if self.gptq is None or not groups:
@@ -235,8 +233,7 @@ class SignRoundQuantizer:
 
     @torch.no_grad()
     def _loss(self, task: BlockTask, samples: Sequence[int], weights: Tensor | None, micro_batch: int) -> float:
-        """Weighted mean squared error, summed along fixed dimensions in float64, so the number of threads does not
-        change it. Raises NumericsError when it is NaN or Inf."""
+        """Weighted mean squared error, the same for any number of threads. Raises NumericsError for NaN or Inf."""
         assert task.inputs is not None and task.targets is not None
         total, count = 0.0, 0.0
         for start in range(0, len(samples), micro_batch):
