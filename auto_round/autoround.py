@@ -34,70 +34,33 @@ if TYPE_CHECKING:
 class AutoRound(Saving):
     """Quantizes a causal language model.
 
+    docs/python-api.md has all arguments, and the attributes that tell them with every default filled in.
+
     Args:
         model: a folder, a hub id, or a Transformers model object. A model given by path is read block by block; an
             object is changed in place.
         tokenizer: read from the model's folder when None.
-        platform: "hf" or "model_scope", where hub ids are looked up.
         scheme: preset name, dict of fields, or QuantizationScheme.
         layer_config: {name, partial name or regular expression: preset name or fields} for layers that differ.
-        dataset: calibration data: a dataset string, list of texts, list of token ids or a DataLoader; None for the
-            default set.
+        dataset: a dataset string, list of texts, list of token ids or a DataLoader; None for the default set.
         iters: tuning steps for each block; None means 200, 0 means rounding only.
-        seqlen, nsamples: tokens in a sample, and how many samples.
-        batch_size, gradient_accumulate_steps: samples in a forward pass, and passes in a step.
-        low_gpu_mem_usage: keep activations on the CPU.
         device_map: the device to tune on: 0, "cuda:0", "cpu", "auto".
-        enable_torch_compile: compile the rounding step; None: on GPUs only.
-        seed: of sample choice and order. The same seed gives the same files.
-        low_cpu_mem_usage: read a model given by path block by block; False loads it completely (except FP8 and MXFP4
-            checkpoints).
-        alg_configs: an `RTNConfig` or `SignRoundConfig` instead of the single settings, or "rtn", "auto_round". "gptq"
-            or a `GPTQConfig`: codes by error feedback (docs/tuning.md), alone with `iters=0`, else as the start of
-            tuning. A configuration may include the scheme's fields.
-        **kwargs: fields of the scheme (`bits`, `group_size`, `sym`, `data_type`, ...), of the algorithm (`lr`,
-            `minmax_lr`, `momentum`, `enable_adam`, `enable_minmax_tuning`, `enable_quanted_input`, `not_use_best_mse`,
-            `disable_opt_rtn`), and `ignore_layers`, `quant_lm_head`, `scale_dtype`, `to_quant_block_names`, `amp`,
-            `enable_deterministic_algorithms`, `trust_remote_code`, `model_dtype`, `verify`; and for static FP8 scales
-            of the key-value cache and of attention, `static_kv_dtype`, `static_kv_granularity`,
-            `static_attention_dtype`, `static_attention_granularity`; for GGUF files `imatrix` (a file of llama.cpp to
-            use) and `save_imatrix` (a file to write); `on_nan` ("fail", "rtn", "keep"), for layers with NaN or Inf
-            (docs/faults.md); `allow_pickle`, which reads pytorch_model.bin; `max_memory`, the memory limit of a run
-            (docs/memory.md): "4GB" of RAM, or "cpu=4GB,0=10GB". `model_free=True` rounds to nearest tensor by tensor,
-            without a model (docs/model-free.md), with `parallelism`. `format` and `max_shard_size` are
-            the defaults of saving and of `plan`. `plugins` are Python files that register data types, formats and
-            others (docs/plugins.md). `strict=True`: a layer name that matches nothing is an error (by
-            default a warning; an error in `plan`).
+        low_cpu_mem_usage: read a model given by path block by block; False loads it completely.
+        alg_configs: an `RTNConfig`, `SignRoundConfig` or `GPTQConfig` instead of the single settings, or a name.
+        **kwargs: the fields of the scheme and the other settings of `auto_round.config`.
 
-    The settings, with every default filled in, can be read as attributes: `ar.bits`, `ar.layer_config`, `ar.iters`
-    (docs/python-api.md).
-
-    Raises:
-        ConfigError: an unknown or contradictory argument; the message names the nearest.
-        ModelError, DeviceError, UnsupportedError: the model, device or combination is not supported.
+    Raises ConfigError for an unknown or contradictory argument, and ModelError, DeviceError or UnsupportedError for a
+    model, device or combination that is not supported.
     """
 
     def __init__(
-        self,
-        model: str | os.PathLike[str] | torch.nn.Module,
-        tokenizer: Any = None,
-        platform: str = "hf",
+        self, model: str | os.PathLike[str] | torch.nn.Module, tokenizer: Any = None, platform: str = "hf",
         scheme: str | Mapping[str, Any] | QuantizationScheme = "W4A16",
-        layer_config: Mapping[str, Any] | str | None = None,
-        dataset: Any = None,
-        iters: int | None = None,
-        seqlen: int = 2048,
-        nsamples: int = 128,
-        batch_size: int = 8,
-        gradient_accumulate_steps: int | None = None,
-        low_gpu_mem_usage: bool = False,
-        device_map: Any = 0,
-        enable_torch_compile: bool | None = None,
-        seed: int = 42,
-        low_cpu_mem_usage: bool = True,
-        alg_configs: Any = None,
-        **kwargs: Any,
-    ) -> None:
+        layer_config: Mapping[str, Any] | str | None = None, dataset: Any = None, iters: int | None = None,
+        seqlen: int = 2048, nsamples: int = 128, batch_size: int = 8, gradient_accumulate_steps: int | None = None,
+        low_gpu_mem_usage: bool = False, device_map: Any = 0, enable_torch_compile: bool | None = None,
+        seed: int = 42, low_cpu_mem_usage: bool = True, alg_configs: Any = None, **kwargs: Any,
+    ) -> None:  # fmt: skip
         ensure_logging()
         for sentence in envs.without_effect():
             warn_once("%s", sentence)

@@ -53,15 +53,12 @@ def prepare_calibration(
 
     Args:
         dataset: None for the default set, a dataset string, a list of strings, a list of token ids (lists, tensors,
-            or dicts with `input_ids` and optional `attention_mask` and `labels`), or a DataLoader or other iterable of
-            those. Batches are split into samples.
+            or dicts with `input_ids` and optional `attention_mask` and `labels`), or an iterable of batches of those.
         tokenizer: a Transformers tokenizer; may be None for token ids.
         seqlen: tokens per sample. Lowered, with a log line, to `model_max_length` (positions of the model), and to the
             common length of given token ids when that is shorter.
         nsamples: samples requested. When there are fewer, a warning gives the reason.
-        seed: determines the selection and order of samples.
         vocab_size: rows of the model's embedding; larger token ids raise DataError.
-        platform: where the default set is downloaded from: "hf" or "model_scope" (also by AR_USE_MODELSCOPE).
 
     Raises ConfigError for a wrong argument or dataset string, DataError when data cannot be read or no sample is left.
     When the default set cannot be downloaded, the bundled text is used, with a log line.

@@ -183,19 +183,12 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantConfig:
-    """All settings of a run, in parts.
-
-    Attributes:
-        version: of the recipe's keys.
-        model: hub id, or name of the model's folder; None outside recipes.
-        supply: by keyword, what was given and cannot be written; whoever uses the recipe must give it again.
-        environment: environment variables that were set and change the result.
-    """
+    """All settings of a run, in parts."""
 
     version: int = RECIPE_VERSION
-    model: str | None = None
-    supply: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, str] = field(default_factory=dict)
+    model: str | None = None  # hub id, or name of the model's folder; None outside recipes
+    supply: Mapping[str, str] = field(default_factory=dict)  # by keyword, what cannot be written and must be given
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables that were set and change the result
     source: SourceConfig = field(default_factory=SourceConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -70,20 +70,16 @@ _IDLE: tuple[EnvVar, ...] = (
     _idle("AR_DISABLE_OFFLOAD", "bool", False, "no weights are moved to files and back; blocks are read when needed"),
     _idle("AR_ENABLE_COMPILE_PACKING", "bool", False, "packing is vectorised and needs no compiler"),
     _idle("AR_DISABLE_DATASET_SUBPROCESS", "bool", False, "calibration data are always prepared in this process"),
-    _idle(
-        "AR_DISABLE_COPY_MTP_WEIGHTS", "bool", False,
-        "weights that no module reads are copied, since the checkpoint's config refers to them",
-    ),
+    _idle("AR_DISABLE_COPY_MTP_WEIGHTS", "bool", False,
+          "weights that no module reads are copied, since the checkpoint's config refers to them"),
     _idle("AR_CALIB_STREAM_DEVICE", "text", None, "calibration runs on the device of device_map"),
     _idle("AR_ACT_SCALE", "float", 1.0, "the range of activations is not scaled"),
     _idle("AR_ENABLE_ACT_MINMAX_TUNING", "bool", False, "the range of activations is not tuned"),
     _idle("AR_SEARCH_SCALE_RATIO", "float", None, "the scale search uses a fixed range (docs/tuning.md)"),
     _idle("AR_DYNAMO_CACHE_SIZE_LIMIT", "int", 16, "PyTorch's own limits are not changed"),
     _idle("AR_FUSE_ONLINE_ROTATION", "bool", False, "rotation is not available in this version"),
-    _idle(
-        "AR_FORCE_MOE_ROUTING_ALL_EXPERTS", "bool", False,
-        "calibration routes as the model does; experts that few tokens reach are reported",
-    ),
+    _idle("AR_FORCE_MOE_ROUTING_ALL_EXPERTS", "bool", False,
+          "calibration routes as the model does; experts that few tokens reach are reported"),
     _idle("AR_NVFP4_E5M3_CACHE_HP_WEIGHT", "bool", False, "there is no NVFP4_E5M3 layer to cache a weight for"),
     _idle("AR_AUTO_SCHEME_NSAMPLES", "int", None, _NO_AUTO_SCHEME),
     _idle("AR_AUTO_SCHEME_BATCH_SIZE", "int", None, _NO_AUTO_SCHEME),
@@ -99,54 +95,34 @@ _IDLE: tuple[EnvVar, ...] = (
 )  # fmt: skip
 
 VARIABLES: tuple[EnvVar, ...] = (
-    EnvVar(
-        "AR_LOG_LEVEL", "choice", "INFO",
-        "How much is logged. DEBUG also prints the traceback of an unexpected error; TRACE adds one line per layer.",
-        LOG_LEVELS,
-    ),
-    EnvVar(
-        "AR_WORK_SPACE", "path", "ar_work_space",
-        "Folder for files that are not results, such as the traceback of an unexpected error. "
-        "Upper and lower case are kept. Created when something is first written to it.",
-    ),
-    EnvVar(
-        "AR_USE_MODELSCOPE", "bool", False,
-        "Fetch models named by id from ModelScope instead of the Hugging Face hub; "
-        'the same as `--platform model_scope`. Needs `pip install "auto-round[modelscope]"`.',
-    ),
-    EnvVar(
-        "AR_OMP_NUM_THREADS", "int", None,
-        "CPU threads of the command line's process. Unset: PyTorch decides. "
-        "From Python, call `torch.set_num_threads` yourself: a library does not change it.",
-    ),
-    EnvVar(
-        "AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "bool", True,
-        "NVFP4: layers that runtimes fuse (q, k and v; gate and up) get one global scale for their weights and one for "
-        "their inputs, as those runtimes expect. Off: each layer its own.",
-    ),
-    EnvVar(
-        "AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "bool", False,
-        "All routed experts of a block share one static input scale (static FP8, global scale of NVFP4).",
-    ),
-    EnvVar(
-        "AR_GGUF_PRE_TOKENIZER", "text", None,
-        "GGUF: llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), such as `qwen2`. "
-        "Unset: found from the tokenizer itself.",
-    ),
-    EnvVar(
-        "AR_PLUGINS", "text", None,
-        "Files of Python code to load as plugins, as `--plugin` does; several are separated as in PATH. "
-        "Also read when Transformers opens a quantized model.",
-    ),
-    EnvVar(
-        "AR_RESUME_DIR", "path", None,
-        "Folder for the journals from which interrupted runs resume. Unset: a folder in AR_WORK_SPACE.",
-    ),
-    EnvVar(
-        "AR_MODEL_FREE_SHARD_PARALLELISM", "int", None,
-        "Model-free mode: tensors processed at a time, unless `parallelism` is given. "
-        "Unset: one for each core, 8 at most.",
-    ),
+    EnvVar("AR_LOG_LEVEL", "choice", "INFO",
+           "How much is logged. DEBUG also prints the traceback of an unexpected error; TRACE adds one line per layer.",
+           LOG_LEVELS),
+    EnvVar("AR_WORK_SPACE", "path", "ar_work_space",
+           "Folder for files that are not results, such as the traceback of an unexpected error. "
+           "Upper and lower case are kept. Created when something is first written to it."),
+    EnvVar("AR_USE_MODELSCOPE", "bool", False,
+           "Fetch models named by id from ModelScope instead of the Hugging Face hub; "
+           'the same as `--platform model_scope`. Needs `pip install "auto-round[modelscope]"`.'),
+    EnvVar("AR_OMP_NUM_THREADS", "int", None,
+           "CPU threads of the command line's process. Unset: PyTorch decides. "
+           "From Python, call `torch.set_num_threads` yourself: a library does not change it."),
+    EnvVar("AR_NVFP4_FUSED_LAYER_GLOBAL_SCALE", "bool", True,
+           "NVFP4: layers that runtimes fuse (q, k and v; gate and up) get one global scale for their weights and one "
+           "for their inputs, as those runtimes expect. Off: each layer its own."),
+    EnvVar("AR_ENABLE_UNIFY_MOE_INPUT_SCALE", "bool", False,
+           "All routed experts of a block share one static input scale (static FP8, global scale of NVFP4)."),
+    EnvVar("AR_GGUF_PRE_TOKENIZER", "text", None,
+           "GGUF: llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), such as `qwen2`. "
+           "Unset: found from the tokenizer itself."),
+    EnvVar("AR_PLUGINS", "text", None,
+           "Files of Python code to load as plugins, as `--plugin` does; several are separated as in PATH. "
+           "Also read when Transformers opens a quantized model."),
+    EnvVar("AR_RESUME_DIR", "path", None,
+           "Folder for the journals from which interrupted runs resume. Unset: a folder in AR_WORK_SPACE."),
+    EnvVar("AR_MODEL_FREE_SHARD_PARALLELISM", "int", None,
+           "Model-free mode: tensors processed at a time, unless `parallelism` is given. "
+           "Unset: one for each core, 8 at most."),
     *_IDLE,
 )  # fmt: skip
 

@@ -38,45 +38,40 @@ AUTO_SCHEME = _feature(
     "avg_bits target_bits options option shared_layers ignore_scale_zp_bits", "AutoScheme",
 )  # fmt: skip
 AWQ = _feature(
-    "AWQ smoothing",
-    _TUNED,
+    "AWQ smoothing", _TUNED,
     "duo_scaling n_grid awq_duo_scaling awq_n_grid awq_seqlen awq_smooth_batch_size awq_apply_clip awq_clip_as_init "
     "apply_smooth smooth_iters apply_clip clip_as_init clip_n_grid clip_max_shrink clip_n_sample_token "
     "smooth_batch_size skip_moe mappings",
     "AWQConfig",
-)
+)  # fmt: skip
 ROTATION = _feature(
-    "rotation",
-    "quantize without rotation",
+    "rotation", "quantize without rotation",
     "rotation_config rotation_type rotation_hadamard_type rotation_backend rotation_block_size hadamard_type "
     "block_size fuse_online_to_weight allow_online_rotation spinquant",
     "RotationConfig SpinQuantConfig",
-)
+)  # fmt: skip
 SVDQUANT = _feature(
-    "SVDQuant",
-    _TUNED,
+    "SVDQuant", _TUNED,
     "svdquant_rank enable_svdquant_smooth svdquant_smooth_num_grids svdquant_smooth_max_calibration_calls "
     "svdquant_residual_iters enable_svdquant_residual_early_stop svdquant_low_rank_dtype svdquant_target_modules "
     "svdquant_exclude_modules svdquant_model_adapter",
     "SVDQuantConfig",
-)
+)  # fmt: skip
 SIGN_ROUND_V2 = _feature(
     "SignRound v2", "tuned rounding block by block works: SignRoundConfig, without enable_alg_ext", "enable_alg_ext"
 )
 TUNING_VARIANT = _feature(
-    "this tuning variant",
-    "tuned rounding block by block, without these options",
+    "this tuning variant", "tuned rounding block by block, without these options",
     "enable_lfq enable_norm_bias_tuning nblocks dynamic_max_gap lr_scheduler optimizer",
-)
+)  # fmt: skip
 MULTIMODAL = _feature(
     "quantizing multimodal models", _TEXT, "quant_nontext_module extra_data_dir template processor image_processor"
 )
 DIFFUSION = _feature(
-    "quantizing diffusion models",
-    _TEXT,
+    "quantizing diffusion models", _TEXT,
     "prompt_file prompt metrics metric image_save_dir guidance_scale num_inference_steps generator_seed "
     "pipeline_call_kwargs",
-)
+)  # fmt: skip
 TASKS = _feature(
     "evaluation on tasks (lm-eval)",
     "--eval measures perplexity, KL divergence and top-1 agreement on local text (--eval_text, --reference); from "
@@ -117,18 +112,9 @@ SCHEMES: Mapping[str, Feature] = {
     "NVFP4_E5M3": _feature("NVFP4 with scales in E5M3", _FLOAT_SCHEME),
 }
 
-_BY_NAME: Mapping[str, Feature] = {name: feature for feature in FEATURES for name in feature.names}
+# By the flags and keywords (underscores, no leading dashes) that request them.
+REFUSED: Mapping[str, Feature] = {name: feature for feature in FEATURES for name in feature.names}
 _BY_CLASS: Mapping[str, Feature] = {name: feature for feature in FEATURES for name in feature.classes}
-
-
-def feature_of(name: str) -> Feature | None:
-    """The missing feature that a flag or keyword (underscores, no leading dashes) requests, or None."""
-    return _BY_NAME.get(name)
-
-
-def refused_names() -> list[str]:
-    """Every flag and keyword that is recognised and refused."""
-    return sorted(_BY_NAME)
 
 
 def is_default_value(name: str, value: Any) -> bool:
@@ -145,7 +131,7 @@ def refuse(feature: Feature | None, spelling: str) -> None:
 def refuse_keyword(name: str, value: Any) -> None:
     """Raise UnsupportedError when the keyword `name` with this value requests a missing feature."""
     if not is_default_value(name, value):
-        refuse(feature_of(name), f"{name}={value!r}")
+        refuse(REFUSED.get(name), f"{name}={value!r}")
 
 
 def refuse_algorithm(spelling: str, name: str) -> None:

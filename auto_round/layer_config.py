@@ -189,16 +189,11 @@ def scheme_from_entry(name: str, entry: Any, default: QuantizationScheme) -> Qua
 
 
 def resolve_layers(
-    layers: Iterable[str],
-    default: QuantizationScheme,
-    layer_config: Mapping[str, Any] | None = None,
-    ignore_layers: str | Sequence[str] | None = None,
-    outside_blocks: Iterable[str] = (),
-    quant_lm_head: bool = False,
-    own_defaults: Mapping[str, QuantizationScheme] | None = None,
-    other_modules: Sequence[str] = (),
+    layers: Iterable[str], default: QuantizationScheme, layer_config: Mapping[str, Any] | None = None,
+    ignore_layers: str | Sequence[str] | None = None, outside_blocks: Iterable[str] = (), quant_lm_head: bool = False,
+    own_defaults: Mapping[str, QuantizationScheme] | None = None, other_modules: Sequence[str] = (),
     unmatched: Callable[[str], None] | None = None,
-) -> dict[str, QuantizationScheme]:
+) -> dict[str, QuantizationScheme]:  # fmt: skip
     """The scheme of every layer.
 
     Args:

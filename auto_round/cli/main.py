@@ -45,7 +45,14 @@ def _run(recipe: str, named: tuple[str, ...], argv: Sequence[str] | None = None)
             print(f"auto-round {__version__}", flush=True)
             return 0
         setup_logging()
-        _prepare_process()
+        threads = envs.get("AR_OMP_NUM_THREADS")
+        if threads is not None:
+            # OpenMP and MKL read these when PyTorch is imported, which has not happened yet.
+            os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+        for sentence in envs.without_effect():
+            warn_once("%s", sentence)
+        for name in envs.unknown():
+            logger.warning("%s is set but unknown to this version; see auto-round list env", name)
         args = [*named, *args]
         if args[:1] == ["help"]:
             args = [*args[1:], "--help"]
@@ -103,18 +110,6 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _prepare_process() -> None:
-    """Set the number of threads, and warn of environment variables without effect."""
-    threads = envs.get("AR_OMP_NUM_THREADS")
-    if threads is not None:
-        # OpenMP and MKL read these when PyTorch is imported, which has not happened yet.
-        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    for sentence in envs.without_effect():
-        warn_once("%s", sentence)
-    for name in envs.unknown():
-        logger.warning("%s is set but unknown to this version; see auto-round list env", name)
-
-
 def _print_error(message: str) -> None:
     print(f"auto-round: error: {' '.join(message.split())}", file=sys.stderr)
 
@@ -129,8 +124,17 @@ def _debug_traceback() -> bool:
 
 def _report_unexpected(err: Exception) -> int:
     """Report an error that is not an AutoRoundError: one line, the traceback on the screen (DEBUG) or in a file."""
-    summary = f"{type(err).__name__}: {err}".rstrip(": ")
-    where = "" if _debug_traceback() else f"; {_save_traceback()}"
+    summary, where = f"{type(err).__name__}: {err}".rstrip(": "), ""
+    if not _debug_traceback():
+        text = f"auto-round {__version__}\narguments: {sys.argv[1:]}\n\n{traceback.format_exc()}"
+        try:
+            folder = envs.work_space()
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+            path.write_text(text, encoding="utf-8")
+            where = f"; the traceback is in {path}"
+        except (OSError, AutoRoundError):  # a full disk, or a work space that is not writable or not valid
+            where = "; set AR_LOG_LEVEL=DEBUG to see the traceback"
     if isinstance(err, MemoryError) or type(err).__name__ == "OutOfMemoryError":
         _print_error(
             f"out of memory ({summary}); lower --batch_size (and raise --gradient_accumulate_steps), --seqlen or "
@@ -139,16 +143,3 @@ def _report_unexpected(err: Exception) -> int:
     else:
         _print_error(f"unexpected error: {summary}{where}")
     return 1
-
-
-def _save_traceback() -> str:
-    """Write the traceback to the work space, and return a clause that says where it is, or how to see it."""
-    text = f"auto-round {__version__}\narguments: {sys.argv[1:]}\n\n{traceback.format_exc()}"
-    try:
-        folder = envs.work_space()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
-        path.write_text(text, encoding="utf-8")
-    except (OSError, AutoRoundError):  # a full disk, or a work space that is not writable or not valid
-        return "set AR_LOG_LEVEL=DEBUG to see the traceback"
-    return f"the traceback is in {path}"

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from auto_round.cli.arguments import Flag, Group, spellings
 from auto_round.errors import ConfigError, nearest
-from auto_round.later import VALUES, feature_of, is_default_value, refuse
+from auto_round.later import REFUSED, VALUES, is_default_value, refuse
 from auto_round.logger import logger
 from auto_round.plugins import load_plugins
 
@@ -150,13 +150,13 @@ def check_flags(tokens: Sequence[str], known: dict[str, Flag]) -> list[str]:
             logger.warning("--%s has no effect: %s", name, reason)
             if takes_value and not sep and follows is not None:
                 rest.pop(0)
-        elif flag.startswith("no_") and feature_of(flag[3:]) is not None:
+        elif flag.startswith("no_") and flag[3:] in REFUSED:
             continue
-        elif feature_of(flag) is not None and given is not None and is_default_value(flag, _as_number(given) or given):
+        elif flag in REFUSED and given is not None and is_default_value(flag, _as_number(given) or given):
             if not sep:
                 rest.pop(0)
         else:
-            refuse(None if name in known else feature_of(name), f"--{name}")
+            refuse(None if name in known else REFUSED.get(name), f"--{name}")
             shown = token.partition("=")[0]
             raise ConfigError(
                 f"unknown flag {shown!r}{nearest(shown, [f'--{k}' for k in known])} See --help for all flags"

@@ -48,7 +48,7 @@ def _run(given: dict[str, Any], recipe: Recipe) -> int:
 
         # The shared spellings --bs and --seqlen mean the evaluation's.
         renamed = {"batch_size": "eval_bs", "seqlen": "eval_seqlen", "model_dtype": "eval_model_dtype"}
-        return evaluate_from_flags({new: given[old] for old, new in renamed.items() if old in given} | given)
+        return evaluate_from_flags({new: given.pop(old) for old, new in renamed.items() if old in given} | given)
     extra = [name for name in _EVAL_NAMES if name in given and name not in ("eval", "eval_backend")]
     if extra and not given.get("eval"):
         raise ConfigError(f"--{extra[0]} has no effect without --eval; add --eval, or leave it out")

@@ -11,13 +11,10 @@ from auto_round.report.memory import format_peak_memory, format_seconds
 
 
 class Progress:
-    """Counts blocks and estimates the time left; shows nothing. The other kinds of progress derive from it."""
+    """Counts blocks, estimates the time left, and logs one line per block."""
 
     def __init__(self, title: str = "") -> None:
-        self.title = title
-        self.total = 0
-        self.done = 0
-        self._done_before = 0
+        self.title, self.total, self.done, self._done_before = title, 0, 0, 0
         self._loss: list[str] = []
         self._start = time.monotonic()
 
@@ -30,9 +27,14 @@ class Progress:
         """The block `name` is done; losses are None when nothing was measured."""
         self.done += 1
         self._loss = [] if loss_after is None else [f"loss {format_loss(loss_before, loss_after)}"]
+        self._show(name)
+
+    def _show(self, name: str) -> None:
+        logger.info(", ".join([f"{self.title} {self.done}/{self.total} {name}", *self.facts()]))
 
     def message(self, text: str) -> None:
         """Show what is being done now, or a single fact."""
+        logger.info(text)
 
     def finish(self) -> None:
         """The run is over or was stopped. May be called again."""
@@ -50,17 +52,6 @@ class Progress:
 
     def __exit__(self, *_error: object) -> None:
         self.finish()
-
-
-class LogProgress(Progress):
-    """One log line per block."""
-
-    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        super().block(name, loss_before, loss_after)
-        logger.info(", ".join([f"{self.title} {self.done}/{self.total} {name}", *self.facts()]))
-
-    def message(self, text: str) -> None:
-        logger.info(text)
 
 
 class BarProgress(Progress):
@@ -87,13 +78,9 @@ class BarProgress(Progress):
         self._task = self._bar.add_task(self.title, total=total_blocks, completed=done, facts=self._status())
         self._bar.start()
 
-    def block(self, name: str, loss_before: float | None = None, loss_after: float | None = None) -> None:
-        super().block(name, loss_before, loss_after)
+    def _show(self, name: str) -> None:
         if self._task is not None:
             self._bar.update(self._task, completed=self.done, facts=self._status(name))
-
-    def message(self, text: str) -> None:
-        logger.info(text)
 
     def finish(self) -> None:
         self._bar.stop()
@@ -110,4 +97,4 @@ def format_loss(before: float | None, after: float) -> str:
 def make_progress(title: str = "quantizing", stream: TextIO | None = None) -> Progress:
     """A bar when `stream` (default: sys.stderr) is a terminal, log lines otherwise."""
     out = stream if stream is not None else sys.stderr
-    return BarProgress(title, out) if getattr(out, "isatty", lambda: False)() else LogProgress(title)
+    return BarProgress(title, out) if getattr(out, "isatty", lambda: False)() else Progress(title)

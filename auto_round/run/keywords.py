@@ -18,7 +18,7 @@ from auto_round.codecs.kinds import codec_of
 from auto_round.config import ALIASES, ON_NAN, TUNED_NAMES, QuantConfig, plain
 from auto_round.errors import ConfigError, UnsupportedError, nearest
 from auto_round.formats.base import none_if_16_bits, parse_cache_scheme
-from auto_round.later import feature_of, refuse_algorithm, refuse_keyword
+from auto_round.later import REFUSED, refuse_algorithm, refuse_keyword
 from auto_round.layer_config import INFO_KEYS, parse_ignore_layers, parse_layer_config
 from auto_round.logger import logger
 from auto_round.run.settings import (
@@ -165,7 +165,7 @@ def checked_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             logger.warning("%s has no effect: %s", name, _NO_EFFECT[name])
         elif name == "backend":
             raise ConfigError("backend belongs to loading a quantized model: transformers.AutoRoundConfig(backend=...)")
-        elif name not in known and feature_of(name) is None:
+        elif name not in known and name not in REFUSED:
             hint = nearest(name, [*defaults, *ALIASES, "model", "tokenizer", "alg_configs"])
             raise ConfigError(f"AutoRound has no argument {name!r}{hint}")
     for name, (other, message) in _OPPOSITES.items():

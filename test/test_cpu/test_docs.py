@@ -19,7 +19,7 @@ from safetensors import safe_open
 from auto_round import errors, schemes
 from auto_round.cli.arguments import EVAL_GROUPS, GENERATE_GROUPS, QUANTIZE_GROUPS, spellings
 from auto_round.cli.parser import NO_OP_FLAGS
-from auto_round.later import refused_names
+from auto_round.later import REFUSED
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -44,7 +44,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_flags_exist(page: Path) -> None:
     groups = (*QUANTIZE_GROUPS, *EVAL_GROUPS, *GENERATE_GROUPS)
-    refused = {spelling for name in refused_names() for spelling in (name, f"no_{name}")}
+    refused = {spelling for name in REFUSED for spelling in (name, f"no_{name}")}
     known = {*spellings(groups), *refused, *NO_OP_FLAGS, *FOREIGN}
     text = page.read_text(encoding="utf-8")
     named = {f.replace("-", "_") for f in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)} - FOREIGN

@@ -59,7 +59,7 @@ def test_importing_a_class_says_what_works_instead(module: str, name: str) -> No
 def test_python_and_the_command_line_say_the_same(
     keyword: str, value: Any, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    feature = later.feature_of(keyword)
+    feature = later.REFUSED.get(keyword)
     assert feature is not None
     with pytest.raises(UnsupportedError) as error:
         auto_round.AutoRound("no/model", **{keyword: value})
@@ -89,7 +89,7 @@ def test_presets(scheme: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_configuration_of_a_missing_algorithm() -> None:
-    feature = later.feature_of("enable_alg_ext")
+    feature = later.REFUSED.get("enable_alg_ext")
     assert feature is not None
     with pytest.raises(UnsupportedError, match=feature.what):
         auto_round.SignRoundV2Config(iters=3)

@@ -9,7 +9,7 @@ from auto_round import errors
 from auto_round.cli import main
 from auto_round.cli.arguments import EVAL_GROUPS, QUANTIZE_GROUPS, spellings
 from auto_round.cli.parser import NO_OP_FLAGS
-from auto_round.later import refused_names
+from auto_round.later import REFUSED
 
 
 def line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,7 +70,7 @@ def test_later_features_are_refused_at_once(job: Any, capsys: pytest.CaptureFixt
 
 def test_no_flag_is_both_taken_and_refused() -> None:
     taken = set(spellings(QUANTIZE_GROUPS)) | set(spellings(EVAL_GROUPS))
-    assert not taken & set(refused_names())
+    assert not taken & set(REFUSED)
 
 
 def test_no_spelling_means_two_things() -> None:
@@ -176,7 +176,7 @@ add_bos_token vllm_args
 
 @pytest.mark.parametrize(("names", "groups"), [(INCUMBENT, QUANTIZE_GROUPS), (EVALUATION, EVAL_GROUPS)])
 def test_every_flag_of_the_incumbent_is_known(names: list[str], groups: Any) -> None:
-    known = {*spellings(groups), *refused_names(), *NO_OP_FLAGS}
+    known = {*spellings(groups), *REFUSED, *NO_OP_FLAGS}
     assert [name for name in names if name not in known and name.removeprefix("no_") not in known] == []
 
 

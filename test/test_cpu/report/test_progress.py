@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from auto_round.report import progress as module
-from auto_round.report.progress import BarProgress, LogProgress, format_loss, make_progress
+from auto_round.report.progress import BarProgress, Progress, format_loss, make_progress
 
 
 class Terminal(io.StringIO):
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 
 def test_kind_follows_the_stream() -> None:
-    assert isinstance(make_progress(stream=io.StringIO()), LogProgress)
+    assert type(make_progress(stream=io.StringIO())) is Progress
     assert isinstance(make_progress(stream=Terminal()), BarProgress)
 
 
@@ -23,7 +23,7 @@ def test_log_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyP
     clock = iter([0.0, 100.0, 110.0, 130.0])
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     with caplog.at_level(logging.INFO, logger="auto_round"):
-        progress = LogProgress("tuning")
+        progress = Progress("tuning")
         progress.start(4)
         progress.block("layers.0", 0.00123, 0.000456)
         progress.block("layers.1")
