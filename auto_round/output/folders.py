@@ -102,12 +102,6 @@ def _is_unchanged(path: Path, size: Any, digest: str) -> bool:
         return False
 
 
-def complete_report(folder: Path) -> dict[str, Any]:
-    """The values of report.json of a complete result; empty when a listed file or the result is missing."""
-    report = read_report(folder)
-    return {} if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing else report
-
-
 def remove_files(folder: Path, names: Iterable[str]) -> None:
     """Remove files of an earlier run and folders that become empty: config.json first, so that no loader opens the
     rest, and report.json, which lists the files, last. Missing files are no error."""

@@ -21,17 +21,8 @@ from typing import IO, Any, TypeVar
 
 import torch
 
+from auto_round import files
 from auto_round.errors import ConfigError, OutputError
-from auto_round.files import (
-    ALIGNMENT,
-    DTYPE_NAMES,
-    DTYPES,
-    bytes_of,
-    file_sha256,
-    safetensors_header,
-    sync_folder,
-    write_text,
-)
 
 _Self = TypeVar("_Self", bound="AtomicOutput")
 _AT_ONCE = 1 << 30  # Linux writes at most 2 GiB in one call
@@ -111,7 +102,7 @@ class PartialFile:
         self.sync()
         self.close()
         with self._reported():
-            digest = digest or file_sha256(self.path)
+            digest = digest or files.file_sha256(self.path)
             os.replace(self.path, final)
         return digest
 
@@ -264,7 +255,7 @@ class ShardWriter(AtomicOutput):
             raise OutputError(f"tensor {name!r} came after the checkpoint was finished")
         if name in self._shard_of:
             raise OutputError(f"tensor {name!r} is given twice; each name may be written once")
-        if tensor.dtype not in DTYPE_NAMES:
+        if tensor.dtype not in files.DTYPE_NAMES:
             raise ConfigError(f"tensor {name!r} has dtype {tensor.dtype}, which safetensors files cannot hold")
         tensor = tensor.detach().to("cpu").contiguous()
         entry = header_entry_bytes(name, tensor.dim())
@@ -279,10 +270,11 @@ class ShardWriter(AtomicOutput):
             last = self._new_shard(entry)
             last.file.truncate(8 + last.capacity)
         self._count(last, name, tensor.shape, tensor.nbytes)
-        if tensor.nbytes % ALIGNMENT:
+        if tensor.nbytes % files.ALIGNMENT:
             # A copy, because the caller may change the tensor, and because a view would keep its storage alive.
             last.late[name] = self._late[name] = tensor.clone()
-            self._records.append([len(self._shards) - 1, name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], None])
+            kind = files.DTYPE_NAMES[tensor.dtype]
+            self._records.append([len(self._shards) - 1, name, list(tensor.shape), kind, None])
         else:
             self._write(last, name, tensor)
 
@@ -295,15 +287,15 @@ class ShardWriter(AtomicOutput):
     def _new_shard(self, first_entry: int, mode: str = NEW) -> _Shard:
         capacity = max(self._header_capacity, _METADATA_BYTES + first_entry)
         path = self.folder / f".model-{len(self._shards) + 1:05d}.partial"
-        shard = _Shard(PartialFile(path, mode=mode), -(-capacity // ALIGNMENT) * ALIGNMENT)
+        shard = _Shard(PartialFile(path, mode=mode), -(-capacity // files.ALIGNMENT) * files.ALIGNMENT)
         self.partial.append(shard.file)
         self._shards.append(shard)
         return shard
 
     def _write(self, shard: _Shard, name: str, tensor: torch.Tensor) -> None:
         offset, _ = shard.append(name, tuple(tensor.shape), tensor.dtype)
-        crc = shard.file.write(offset, bytes_of(tensor), f"tensor {name!r}")
-        self._records.append([self._shard_of[name], name, list(tensor.shape), DTYPE_NAMES[tensor.dtype], crc])
+        crc = shard.file.write(offset, files.bytes_of(tensor), f"tensor {name!r}")
+        self._records.append([self._shard_of[name], name, list(tensor.shape), files.DTYPE_NAMES[tensor.dtype], crc])
 
     def _write_late(self, shard: _Shard) -> None:
         for name, tensor in sorted(shard.late.items(), key=lambda item: -item[1].element_size()):
@@ -327,11 +319,11 @@ class ShardWriter(AtomicOutput):
                 self._new_shard(header_entry_bytes(name, len(shape)), KEEP)
             shard = self._shards[index]
             if shard.late.pop(name, None) is None:
-                self._count(shard, name, shape, prod(shape) * DTYPES[dtype].itemsize)
+                self._count(shard, name, shape, prod(shape) * files.DTYPES[dtype].itemsize)
             if crc is None:
                 shard.late[name] = late[name]
             else:
-                shard.file.check(*shard.append(name, tuple(shape), DTYPES[dtype]), crc)
+                shard.file.check(*shard.append(name, tuple(shape), files.DTYPES[dtype]), crc)
         for shard in self._shards[:-1]:
             shard.file.close()
         last = self._shards[-1]
@@ -352,16 +344,16 @@ class ShardWriter(AtomicOutput):
             "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
         ]
         for shard, name in zip(self._shards, names, strict=True):
-            front, _, _ = safetensors_header(shard.written, _METADATA, shard.capacity)
+            front, _, _ = files.safetensors_header(shard.written, _METADATA, shard.capacity)
             shard.file.write(0, front, "the header")
             self.sha256[name] = shard.file.seal(self.folder / name)
         if count > 1:
             weight_map = {name: names[i] for name, i in sorted(self._shard_of.items())}
             index = {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
-            write_text(index_path, json.dumps(index, indent=2) + "\n")
+            files.write_text(index_path, json.dumps(index, indent=2) + "\n")
         for path in self.folder.iterdir():
             if _FINAL_NAME.fullmatch(path.name) and path.name not in names:
                 path.unlink()
-        sync_folder(self.folder)
+        files.sync_folder(self.folder)
         self._finished = True
         return [self.folder / name for name in names]

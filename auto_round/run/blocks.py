@@ -25,15 +25,7 @@ from auto_round.modeling.source import ModelSource
 from auto_round.report.memory import HeapTrimmer
 from auto_round.report.progress import Progress
 from auto_round.report.run_report import BlockRecord
-from auto_round.run.block_layers import (
-    activation_of,
-    in_dtype,
-    install_weight,
-    layer_task,
-    share_global_scales,
-    share_input_ranges,
-    with_loaded_weights,
-)
+from auto_round.run import block_layers
 from auto_round.run.journal_files import Unit
 from auto_round.run.numerics import NumericsPolicy
 from auto_round.run.plan import Job, LayerPlan
@@ -137,7 +129,7 @@ class WholeBlock:
             layer = layers.get(task.name)
             if layer is not None:
                 self.numerics.count(task, layer)
-            install_weight(task, layer)
+            block_layers.install_weight(task, layer)
         return [task for task in tasks if task.name in layers]
 
     def running(self) -> AbstractContextManager[None]:
@@ -175,8 +167,8 @@ def _round_expert(loader: BlockLoader, quantizer: BlockQuantizer, task: BlockTas
     """Load one expert and quantize its layers."""
     loader.source.load(expert, loader.device)
     try:
-        own = [with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
-        share_global_scales(own)
+        own = [block_layers.with_loaded_weights(layer) for layer in task.layers if expert_of(layer.name) == expert]
+        block_layers.share_global_scales(own)
         result = quantizer.quantize_block(replace(task, layers=own))
     finally:
         loader.source.release(expert)
@@ -253,11 +245,11 @@ def _quantize_block(index: int, name: str, state: RunState) -> tuple[Unit, Layer
     planned = [plan for layer, plan in state.job.quantized().items() if layer.startswith(f"{name}.")]
     for transform in state.transforms:
         _transform_block(transform, index, block, planned, state, unit)
-    tasks = [layer_task(source, plan) for plan in planned]
+    tasks = [block_layers.layer_task(source, plan) for plan in planned]
     # The journal's thread reads hidden states, which are changed in place: "full" from here on, the others after the
     # block is quantized.
     journal.wait_until_written("full")
-    with in_dtype(module, source.dtype, state.dtype):
+    with block_layers.in_dtype(module, source.dtype, state.dtype):
         try:
             result = _quantize_layers(index, block, tasks, state, unit)
         except NumericsError as error:
@@ -288,7 +280,7 @@ def _transform_block(
     source, full, name, module = state.source, state.full, block.name, block.module
     schemes = {plan.name.removeprefix(f"{name}."): plan.scheme for plan in planned}
     reference = None
-    with in_dtype(module, source.dtype, state.dtype), block.running():
+    with block_layers.in_dtype(module, source.dtype, state.dtype), block.running():
         moments: Mapping[str, torch.Tensor] = {}
         if full is not None:
             with SecondMomentObserver().observing(module, schemes if transform.needs_data else []) as sums:
@@ -301,7 +293,7 @@ def _transform_block(
     unit.edits = {**unit.edits, **edits}
     if full is None or reference is None:
         return
-    with torch.no_grad(), in_dtype(module, source.dtype, state.dtype), block.running():
+    with torch.no_grad(), block_layers.in_dtype(module, source.dtype, state.dtype), block.running():
         output = full.runner(index, module)(full.hidden[:1].to(state.device, state.dtype), [0])
     error = float((output.cpu().float() - reference.float()).norm() / reference.float().norm())
     if not error < _MAX_TRANSFORM_ERROR:
@@ -322,13 +314,13 @@ def _quantize_layers(
     if full is not None:
         inputs = full.hidden
         extremes = _observe(index, block, tasks, full, state, unit)
-    share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
+    block_layers.share_global_scales([layer for layer in tasks if not layer.weight.is_meta])
     for layer in tasks:
         if state.importance is not None:
             given = state.importance.get(layer.name)
             layer.importance = None if given is None else given.to(state.device)
         inner = layer.name.removeprefix(f"{name}.")
-        layer.activation = activation_of(layer.scheme, inner, extremes, state.source.dtype)
+        layer.activation = block_layers.activation_of(layer.scheme, inner, extremes, state.source.dtype)
     if not tasks:
         return BlockResult()
     run = _no_data if state.inputs is None else state.inputs.runner(index, block.module)
@@ -390,7 +382,7 @@ def _observe(
     if saves:
         unit.sums = {f"{name}.{layer}": total.cpu() for layer, total in moments.items()}
         unit.tokens = {f"{name}.{layer}": count for layer, count in moments.tokens.items()}
-    share_input_ranges(extremes, calibrated)
+    block_layers.share_input_ranges(extremes, calibrated)
     return extremes
 
 

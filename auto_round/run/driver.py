@@ -24,7 +24,7 @@ from auto_round.calibration.capture import CapturedInputs, capture_inputs
 from auto_round.calibration.disk_store import DiskStore
 from auto_round.codecs.quantized_layer import QuantizedLayer
 from auto_round.envs import work_space
-from auto_round.errors import ModelError, UnsupportedError
+from auto_round.errors import ModelError, OutputError, UnsupportedError
 from auto_round.formats.base import OutputFormat, get_format
 from auto_round.formats.no_config import GgufFormat
 from auto_round.logger import logger
@@ -33,25 +33,16 @@ from auto_round.modeling.files.folder import side_files
 from auto_round.modeling.source import ModelSource
 from auto_round.output import folders as disk
 from auto_round.output.staging import Staging
-from auto_round.report.memory import HeapTrimmer, trim_heap
+from auto_round.report.memory import HeapTrimmer, format_bytes, trim_heap
 from auto_round.report.progress import Progress, make_progress
+from auto_round.run import fingerprint as prints
 from auto_round.run import folders as targets
 from auto_round.run.blocks import RunState, quantize_blocks, write_unit
 from auto_round.run.finalize import finalize
-from auto_round.run.fingerprint import (
-    differences,
-    fingerprint,
-    is_up_to_date,
-    run_digests,
-    samples_digest,
-    tensors_checksum,
-    weight_files,
-)
 from auto_round.run.folder_output import FolderWriter
-from auto_round.run.gguf import GgufFileWriter, given_importance, log_missing_importance, save_importance
+from auto_round.run.gguf import GgufFileWriter, given_importance, save_importance
 from auto_round.run.head import finish_non_block, smoke_samples
 from auto_round.run.journal import Journal, NoJournal, interrupted_settings
-from auto_round.run.memory import check_work_space
 from auto_round.run.numerics import NumericsPolicy, damaged_tensors, deterministic_algorithms
 from auto_round.run.plan import Job
 from auto_round.run.planner import compute_dtype, make_job
@@ -89,9 +80,9 @@ class Samples:
         """Digests of everything that changes the result and is known only after the data is read."""
         data, smoke, captured = self.data, self.smoke_ids, self.calibration
         return {
-            "calibration data": None if data is None else samples_digest(data.samples),
-            "smoke_sample": None if smoke is None else samples_digest(smoke),
-            "inputs of the first block": None if captured is None else tensors_checksum([captured.hidden]),
+            "calibration data": None if data is None else prints.samples_digest(data.samples),
+            "smoke_sample": None if smoke is None else prints.samples_digest(smoke),
+            "inputs of the first block": None if captured is None else prints.tensors_checksum([captured.hidden]),
         }
 
 
@@ -116,7 +107,8 @@ class Run:
         rest = (formats, output_dir, fit, self.tokenizer, self._damaged, in_memory)
         make = partial(make_job, self.settings, self.source, *rest)
         job = make(tune=not before.get("asked_algorithm")) if before else make()
-        if before and differences({**before, "max_shard_size": ""}, fingerprint(job, job.used, self.source, "")):
+        now = prints.fingerprint(job, job.used, self.source, "") if before else {}
+        if before and prints.differences({**before, "max_shard_size": ""}, now):
             job = make()  # another run, which will be refused or replaced
         self.settings = job.used
         return job
@@ -165,21 +157,27 @@ class Run:
         Args:
             resume: record finished blocks in a journal, and resume an interrupted run.
             siblings: subfolders of other runs of the same command. The journal then remains, to recognize this run as
-                complete, until `remove_journal`.
+                complete.
             job: the checked plan, if there is one already.
 
         Raises ConfigError when the interrupted run differs, OutputError when the folder cannot be used, and Stopped.
         """
         job = self.checked_plan(formats, output_dir, resume) if job is None else job
-        made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
+        made = prints.run_digests(job, self.settings, self.source, shard, self.tokenizer)
         root = Path(output_dir).expanduser()
         folders = targets.format_folders(root, formats)
-        if not overwrite and is_up_to_date(folders, made, self.settings):
+        if not overwrite and prints.is_up_to_date(folders, made, self.settings):
             logger.info("%s holds the result of this command already; --overwrite makes it anew", output_dir)
             if not siblings:
                 Journal(root).remove()
             return folders
-        check_work_space(job.memory_plan)
+        spilled, free = job.memory_plan.spilled, disk.free_bytes(work_space())
+        if free < spilled:
+            raise OutputError(
+                f"{format_bytes(spilled)} of activations are stored in {work_space()} (AR_WORK_SPACE), whose disk has "
+                f"{format_bytes(free)} free; free some space, set AR_WORK_SPACE to another disk, give more "
+                "max_memory, or lower nsamples or seqlen"
+            )
         journal_of, make = partial(self._journal, job, root, shard, resume), partial(self._quantize, job)
         return self._write(job, root, formats, overwrite, shard, journal_of, make, made, siblings)
 
@@ -252,8 +250,8 @@ class Run:
     ) -> None:  # fmt: skip
         """Raise every error of `to_folders` that is known before work begins."""
         root = Path(output_dir).expanduser()
-        made = run_digests(job, self.settings, self.source, shard, self.tokenizer)
-        if overwrite or not is_up_to_date(targets.format_folders(root, formats), made, self.settings):
+        made = prints.run_digests(job, self.settings, self.source, shard, self.tokenizer)
+        if overwrite or not prints.is_up_to_date(targets.format_folders(root, formats), made, self.settings):
             disk.check_disk(output_dir, targets.missing_bytes(job, root))
             journal = self._journal(job, root, shard, resume, overwrite or not root.exists())
             targets.check_folders(job, root, formats, overwrite, journal, siblings)
@@ -263,8 +261,8 @@ class Run:
         if not (resume and job.resumable):
             return NoJournal(root)
         journal = Journal(root, replace)
-        fixed = fingerprint(job, self.settings, self.source, shard)
-        journal.check_compatible(fixed, weight_files(self.source), job.file_identity)
+        fixed = prints.fingerprint(job, self.settings, self.source, shard)
+        journal.check_compatible(fixed, prints.weight_files(self.source), job.file_identity)
         return journal
 
     def _quantizer(self, job: Job) -> BlockQuantizer:
@@ -293,7 +291,9 @@ class Run:
             importance = None
             if settings.imatrix is not None:
                 importance = given_importance(settings.imatrix, job, source)
-                log_missing_importance(settings.imatrix, job, importance)
+                if missing := [name for name in job.quantized() if name not in importance]:
+                    message = "%s has no importance for %d layers, such as %s: all of their inputs get the same weight"
+                    logger.info(message, settings.imatrix, len(missing), missing[0])
             samples = self._samples(job, journal, progress, stack)
             journal.open(samples.fingerprint, source, files)
             if journal.finished:

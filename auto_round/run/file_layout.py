@@ -28,12 +28,6 @@ class FusedTarget:
     parts: int
     piece: ExpertPiece | None
 
-    @property
-    def slot_shape(self) -> tuple[int, ...]:
-        """Shape of one expert in the stored tensor."""
-        rows = 0 if self.piece is None else self.piece.rows
-        return (rows, *self.shape[1:]) if rows else self.shape[1:]
-
 
 @dataclass(frozen=True)
 class Reversal:

@@ -29,18 +29,9 @@ from auto_round.modeling.files.folder import copy_side_files
 from auto_round.modeling.source import ModelSource
 from auto_round.output.staging import LOCK, sync_and_hash
 from auto_round.plugins import loaded_plugins
+from auto_round.report import run_report
 from auto_round.report.memory import peak_rss_bytes, peak_vram_bytes
 from auto_round.report.model_card import ModelCard, display_name, write_model_card
-from auto_round.report.run_report import FILE_NAME as REPORT
-from auto_round.report.run_report import (
-    BlockRecord,
-    LayerRecord,
-    RunReport,
-    redact_path,
-    redact_paths,
-    versions,
-    write_report,
-)
 from auto_round.run.fingerprint import VARIABLES
 from auto_round.run.journal import Journal
 from auto_round.run.numerics import NumericsPolicy
@@ -116,7 +107,7 @@ def _portable_dataset(dataset: Any) -> tuple[str | None, str]:
     for name in (spec.name for spec in parse_dataset_string(dataset)):
         if name in DATASETS:
             functions += [name] if DATASETS[name].where == BY_PROGRAM else []
-        elif redact_path(name) != name or os.path.exists(name):
+        elif run_report.redact_path(name) != name or os.path.exists(name):
             files.append(os.path.basename(os.path.abspath(os.path.expanduser(name))))
             dataset = dataset.replace(name, files[-1])
     missing = [f"local files {', '.join(files)}"] if files else []
@@ -126,7 +117,7 @@ def _portable_dataset(dataset: Any) -> tuple[str | None, str]:
 
 def recipe_text(config: QuantConfig, settings: Settings) -> str:
     """The file of a recipe, with comments."""
-    found = versions()
+    found = run_report.versions()
     made = ", ".join(f"{name} {found[name]}" for name in ("auto_round", "torch", "transformers"))
     lines = [
         f"All settings that decide the result. Made with {made}.",
@@ -190,7 +181,7 @@ def stored_bits(plan: LayerPlan, fmt: OutputFormat) -> float:
 
 
 def write_records(
-    folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[BlockRecord],
+    folder: Path, job: Job, settings: Settings, fmt: OutputFormat, blocks: Sequence[run_report.BlockRecord],
     seconds: Mapping[str, float], files: Mapping[str, str], verify: Mapping[str, Any] | None, data: str | None,
     reasons: Mapping[str, str] | None = None, numerics: NumericsPolicy | None = None,
     made_from: Mapping[str, str] | None = None,
@@ -199,7 +190,7 @@ def write_records(
     `reasons`: by layer, why it was rounded in another way than asked for."""
     given = settings.dataset if isinstance(settings.dataset, str) else ""
     known = [job.model, job.output_dir or "", str(folder), str(envs.work_space()), *re.split("[,:=]", given)]
-    clean = partial(redact_paths, known=[path for path in known if path])
+    clean = partial(run_report.redact_paths, known=[path for path in known if path])
     model, data = display_name(job.model), clean(data)
     sizes = {name: (folder / name).stat().st_size for name in files}
     bits = {name: stored_bits(plan, fmt) for name, plan in job.quantized().items()}
@@ -220,18 +211,19 @@ def write_records(
         reasons |= {name: f"rounded by its weights alone: {why}" for name, why in numerics.rounded.items()}
     full = job.scheme.with_overrides({"bits": 16, "act_bits": 16}).describe()
     layers = [
-        LayerRecord(name, plan.description, bits.get(name), clean(reasons.get(name, plan.reason)))
+        run_report.LayerRecord(name, plan.description, bits.get(name), clean(reasons.get(name, plan.reason)))
         for name, plan in job.layers.items()
     ]
-    layers += [LayerRecord(name.removesuffix(".weight"), full, None, clean(why)) for name, why in job.skipped.items()]
-    others = {*files, LOCK, REPORT, "README.md"}  # the last two are rewritten when the model is evaluated
+    left = {name.removesuffix(".weight"): why for name, why in job.skipped.items()}
+    layers += [run_report.LayerRecord(name, full, None, clean(why)) for name, why in left.items()]
+    others = {*files, LOCK, run_report.FILE_NAME, "README.md"}  # the last two are rewritten when the model is evaluated
     small = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     small = {name: path for name, path in small.items() if name not in others and not name.startswith(".")}
-    report = RunReport(
+    report = run_report.RunReport(
         model=model, format=fmt.name, job=clean(plain(job.to_dict())) | {"model": model, "data": data},
         layers=tuple(layers), blocks=tuple(blocks), seconds=seconds, peak_rss_bytes=peak_rss_bytes(),
         peak_vram_bytes=peak_vram_bytes(), files=files, sizes=sizes, verify=clean(verify), made_from=made_from,
         small_files={name: file_sha256(path) for name, path in small.items()},
         numerics=None if numerics is None else clean(plain(numerics.to_dict())),
     )  # fmt: skip
-    write_report(folder, report)
+    run_report.write_report(folder, report)

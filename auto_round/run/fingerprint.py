@@ -21,7 +21,7 @@ from auto_round.calibration.disk_store import DiskTensor
 from auto_round.errors import AutoRoundError
 from auto_round.files import bytes_of
 from auto_round.modeling.source import ModelSource, direct_tensors
-from auto_round.output.folders import complete_report
+from auto_round.output.folders import PARTIAL, inspect_folder, read_report
 from auto_round.output.verify import shorten
 from auto_round.plugins import loaded_plugins
 from auto_round.run.plan import Job
@@ -169,7 +169,9 @@ def is_up_to_date(folders: Sequence[Path], made: Mapping[str, str] | None, setti
     if made is None or (settings.save_imatrix is not None and not Path(settings.save_imatrix).is_file()):
         return False
     for folder in folders:
-        report = complete_report(folder)
+        report = read_report(folder)
+        if report is None or (folder / PARTIAL).exists() or inspect_folder(folder).missing:
+            return False
         if report.get("made_from") != made or (settings.verify and report.get("verify") is None):
             return False
     return True

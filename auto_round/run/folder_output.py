@@ -22,16 +22,8 @@ from auto_round.modeling.files.folder import read_object
 from auto_round.modeling.files.safetensors import TensorFiles
 from auto_round.modeling.partial_loading import block_loader, non_block_loaded
 from auto_round.modeling.source import ModelSource, check_finite
+from auto_round.output import verify as check
 from auto_round.output.staging import Staging
-from auto_round.output.verify import (
-    check_tokenizer,
-    compare_names,
-    compare_tensors,
-    compare_values,
-    dense_digest,
-    layer_digest,
-    mismatch_error,
-)
 from auto_round.output.writer import Records, ShardWriter, header_entry_bytes
 from auto_round.report.memory import trim_heap
 from auto_round.run.block_layers import in_dtype
@@ -70,7 +62,7 @@ class FolderWriter(FileOutput):
     def layer(self, layer: QuantizedLayer) -> None:
         layer = self.format.normalize_for_format(layer)
         dtype = self.source.dtype
-        self.expected[layer.name] = layer_digest(layer, self.format.casts_to_model_dtype, dtype)
+        self.expected[layer.name] = check.layer_digest(layer, self.format.casts_to_model_dtype, dtype)
         for name, tensor in self.format.pack(replace(layer, bias=None), model_dtype=dtype).items():
             self._add(name, tensor)
         if layer.bias is not None:
@@ -123,11 +115,11 @@ class FolderWriter(FileOutput):
             if self.source.checks_finite:
                 check_finite(key, tensor)
             self.writer.add(key, tensor)
-            self.dense[key] = dense_digest(tensor)
+            self.dense[key] = check.dense_digest(tensor)
 
     def _add_dense(self, name: str, tensor: torch.Tensor) -> None:
         for stored, whole in self._add(name, tensor):
-            self.dense[stored] = dense_digest(whole)
+            self.dense[stored] = check.dense_digest(whole)
 
     def _add(self, name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
         complete = list(self._assembler.add(name, tensor))
@@ -143,7 +135,8 @@ class FolderWriter(FileOutput):
     def verify(self, made: OutputContext) -> dict[str, Any]:
         verified = verify_folder(self.folder, self, made)
         trusted = made.settings.trust_remote_code
-        return {**verified, "tokenizer": check_tokenizer(self.folder, self.source.folder, made.tokenizer, trusted)}
+        compared = check.check_tokenizer(self.folder, self.source.folder, made.tokenizer, trusted)
+        return {**verified, "tokenizer": compared}
 
 
 def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> dict[str, Any]:
@@ -157,12 +150,13 @@ def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> di
     loss = None
     try:
         for name, planned in config_values(made.source, job, fmt, made.settings.trust_remote_code).items():
-            compare_values(folder / name, planned, read_object(folder / name))
+            check.compare_values(folder / name, planned, read_object(folder / name))
         files = TensorFiles.open(folder)
-        compare_tensors(folder, specs, {name: (stored.shape, stored.dtype) for name, stored in files.tensors.items()})
+        found = {name: (stored.shape, stored.dtype) for name, stored in files.tensors.items()}
+        check.compare_tensors(folder, specs, found)
         for name, digest in output.dense.items():
-            if dense_digest(files.read(name)) != digest:
-                raise mismatch_error(folder, f"tensor {name}")
+            if check.dense_digest(files.read(name)) != digest:
+                raise check.mismatch_error(folder, f"tensor {name}")
         if fmt.loadable_here:
             loss = _reopen(folder, output, made, wanted)
         else:
@@ -172,8 +166,8 @@ def verify_folder(folder: Path, output: FolderWriter, made: OutputContext) -> di
                 names = fmt.tensor_specs(name, plan.scheme, *shape)
                 tensors = read_model_tensors(files, names, output.layout)
                 layer = fmt.unpack_layer(name, plan.scheme, tensors, *shape)
-                if layer_digest(layer, False, torch.float32) != digest:
-                    raise mismatch_error(folder, f"layer {name}")
+                if check.layer_digest(layer, False, torch.float32) != digest:
+                    raise check.mismatch_error(folder, f"layer {name}")
     except (ModelError, ConfigError, NumericsError, UnsupportedError) as error:
         raise VerifyError(f"{folder} was written but does not open: {error}") from error
     return {
@@ -193,7 +187,7 @@ def _reopen(folder: Path, output: FolderWriter, made: OutputContext, wanted: flo
         usual = default_expert_names(source.model)  # experts may have the names of the files
         packed = (name for name, module in source.model.named_modules() if isinstance(module, PackedLinear))
         modules = {usual.get(name, name): name for name in packed}
-    compare_names(folder, "quantized layers", output.expected, modules)
+    check.compare_names(folder, "quantized layers", output.expected, modules)
     loss = _check_blocks(folder, source, output, made, modules, wanted is not None)
     if loss is not None and wanted is not None:
         dtype = made.finished.state.dtype
@@ -251,8 +245,8 @@ def _check_blocks(
 
 def _compare_layer(folder: Path, name: str, module: torch.nn.Module, wanted: str) -> None:
     if isinstance(module, PackedLinear):
-        found = layer_digest(module.layer(name), False, torch.float32)
+        found = check.layer_digest(module.layer(name), False, torch.float32)
     else:
-        found = dense_digest(weight_2d(module))
+        found = check.dense_digest(weight_2d(module))
     if found != wanted:
-        raise mismatch_error(folder, f"layer {name}")
+        raise check.mismatch_error(folder, f"layer {name}")

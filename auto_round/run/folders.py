@@ -12,14 +12,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.errors import OutputError
 from auto_round.formats.base import OutputFormat
 from auto_round.logger import logger
-from auto_round.output.folders import (
-    PARTIAL,
-    ensure_output_folder,
-    existing_parent,
-    free_bytes,
-    inspect_folder,
-    subfolder_name,
-)
+from auto_round.output import folders as disk
 from auto_round.run.journal import Journal
 from auto_round.run.plan import Job
 from auto_round.run.settings import Settings
@@ -61,7 +54,7 @@ def split_runs(
 
 def format_folders(root: Path, formats: Sequence[OutputFormat]) -> list[Path]:
     """The folder of each format: the output folder itself, or, for several formats, a subfolder each."""
-    return [root] if len(formats) == 1 else [root / subfolder_name(fmt.name) for fmt in formats]
+    return [root] if len(formats) == 1 else [root / disk.subfolder_name(fmt.name) for fmt in formats]
 
 
 def output_bytes(job: Job) -> int:
@@ -72,7 +65,7 @@ def output_bytes(job: Job) -> int:
 def missing_bytes(job: Job, root: Path) -> int:
     """Disk space that the output still needs: an interrupted run has left a part of it."""
     present = 0
-    for part in (root / PARTIAL, *(root.glob(f"*/{PARTIAL}") if root.is_dir() else ())):
+    for part in (root / disk.PARTIAL, *(root.glob(f"*/{disk.PARTIAL}") if root.is_dir() else ())):
         for folder, _, names in os.walk(part):
             for name in names:
                 with suppress(FileNotFoundError):  # another process of the run has moved it
@@ -96,8 +89,8 @@ def check_folders(
     job: Job, root: Path, formats: Sequence[OutputFormat], overwrite: bool, journal: Journal, siblings: Sequence[str]
 ) -> None:  # fmt: skip
     """Raise OutputError when the folders hold foreign files, or the disk has too little space for the journal."""
-    needed, free = journal.missing_bytes(job.journal_bytes), free_bytes(journal.folder)
-    shared = existing_parent(journal.folder).stat().st_dev == existing_parent(root).stat().st_dev
+    needed, free = journal.missing_bytes(job.journal_bytes), disk.free_bytes(journal.folder)
+    shared = disk.existing_parent(journal.folder).stat().st_dev == disk.existing_parent(root).stat().st_dev
     beside = missing_bytes(job, root) if shared else 0
     if needed and free < needed + beside:
         text = f" besides {beside / _GB:.2f} GB for the output folder" if shared else ""
@@ -107,11 +100,11 @@ def check_folders(
             "(--no_resume)"
         )
     folders = format_folders(root, formats)
-    others = {PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
+    others = {disk.PARTIAL, *siblings, *(folder.name for folder in folders if folder != root)}
     for fmt, folder in zip(formats, folders, strict=True):
         ours = {name.split("/")[0] for name in journal.own_files(fmt.name, folder)}
-        ensure_output_folder(folder, overwrite, {PARTIAL, *ours, *(others if folder == root else ())})
-    ensure_output_folder(root, overwrite or len(formats) == 1, others)
+        disk.ensure_output_folder(folder, overwrite, {disk.PARTIAL, *ours, *(others if folder == root else ())})
+    disk.ensure_output_folder(root, overwrite or len(formats) == 1, others)
 
 
 def stale_files(
@@ -119,7 +112,8 @@ def stale_files(
 ) -> Mapping[Path, tuple[str, ...]]:
     """Files of an earlier run in each of these folders, and under `root` those in the rest of `root`, without the
     subfolders of other runs of the same command, `siblings`."""
-    found: dict[Path, tuple[str, ...]] = {folder: inspect_folder(folder).files for folder in folders if folder != root}
-    left_alone = {*siblings, *(folder.name for folder in folders if folder != root)}
-    found[root] = tuple(name for name in inspect_folder(root).files if name.split("/")[0] not in left_alone)
+    below = [folder for folder in folders if folder != root]
+    found = {folder: disk.inspect_folder(folder).files for folder in below}
+    left_alone = {*siblings, *(folder.name for folder in below)}
+    found[root] = tuple(name for name in disk.inspect_folder(root).files if name.split("/")[0] not in left_alone)
     return found

@@ -202,13 +202,6 @@ def given_importance(path: str, job: Job, source: ModelSource) -> dict[str, torc
     return found
 
 
-def log_missing_importance(path: str, job: Job, found: Mapping[str, torch.Tensor]) -> None:
-    """Log the number of the job's layers that an importance file does not name."""
-    if missing := [name for name in job.quantized() if name not in found]:
-        message = "%s has no importance for %d layers, such as %s: all of their inputs get the same weight"
-        logger.info(message, path, len(missing), missing[0])
-
-
 def save_importance(
     path: str, job: Job, source: ModelSource, sums: Mapping[str, torch.Tensor], tokens: Mapping[str, int],
     chunk_size: int,
@@ -232,7 +225,7 @@ class GgufFileWriter(FileOutput):
 
     writer: GgufFile
 
-    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, shard: int | str = 0) -> None:
+    def __init__(self, job: Job, fmt: OutputFormat, stage: Staging, source: ModelSource, shard: int | str) -> None:
         super().__init__(job, fmt, stage, source, shard)
         assert job.gguf is not None
         self.plan, self.path = job.gguf, stage.path / gguf_file_name(job.model, job.gguf)

@@ -35,19 +35,8 @@ from auto_round.modeling.source import ModelSource
 from auto_round.output.folders import PARTIAL
 from auto_round.output.staging import Staging, all_files_present
 from auto_round.output.writer import damaged_error
+from auto_round.run import journal_files
 from auto_round.run.fingerprint import as_json, differences, file_differences, weights_checksum
-from auto_round.run.journal_files import (
-    Tensors,
-    Unit,
-    check_file,
-    open_tensors,
-    raise_if_different,
-    read_checked,
-    read_tensors,
-    unwritable_error,
-    write_checked,
-    write_tensors,
-)
 
 if TYPE_CHECKING:
     from auto_round.run.writers import FileOutput
@@ -90,7 +79,7 @@ class Journal:
         self.units: list[dict[str, Any]] = []
         self.streams: dict[str, list[Any]] = {}
         self.done: dict[str, dict[str, str]] = {}
-        self.restored: list[Unit] = []
+        self.restored: list[journal_files.Unit] = []
         self.finished = 0
 
     @property
@@ -101,14 +90,12 @@ class Journal:
 
     def load(self) -> None:
         """Read the manifests. Raises OutputError when they are damaged."""
-        self.run = self._read(_RUN) or {}
-        state = (self._read(_MANIFEST) if self.run else None) or {"units": [], "streams": {}, "done": {}}
+        read = journal_files.read_checked
+        self.run = read(self.folder / _RUN) or {}
+        empty: dict[str, Any] = {"units": [], "streams": {}, "done": {}}
+        state = (read(self.folder / _MANIFEST) if self.run else None) or empty
         self.units, self.streams, self.done = state["units"], state["streams"], state["done"]
         self.finished = len(self.units)
-
-    def _read(self, name: str) -> dict[str, Any] | None:
-        value = read_checked(self.folder / name)
-        return value if isinstance(value, dict) else None
 
     def _files(self) -> list[list[Any]]:
         """(name, mark) of every file."""
@@ -117,7 +104,7 @@ class Journal:
     def check(self) -> None:
         """Compare the checksum of every file. Raises OutputError naming the first damaged one."""
         for name, mark in self._files():
-            check_file(self.folder / name, mark)
+            journal_files.check_file(self.folder / name, mark)
 
     def nbytes(self) -> int:
         return sum(mark[0] for _, mark in self._files())
@@ -140,17 +127,17 @@ class Journal:
         if kind not in self.streams:
             raise damaged_error(self.folder / _MANIFEST, f"it names no {kind} stream")
         name, mark = self.streams[kind]
-        return open_tensors(self.folder / name, mark)
+        return journal_files.open_tensors(self.folder / name, mark)
 
     def write_stream(self, kind: str, hidden: torch.Tensor | DiskTensor) -> list[Any]:
         """Write the file of a stream after the next unit, and return its record."""
         file = f"{kind}-{len(self.units) + 1:04d}.safetensors"
-        return [file, write_tensors(self.folder / file, {"hidden": hidden})]
+        return [file, journal_files.write_tensors(self.folder / file, {"hidden": hidden})]
 
-    def write_unit(self, name: str, tensors: Tensors, values: Any, weights: int) -> None:
+    def write_unit(self, name: str, tensors: journal_files.Tensors, values: Any, weights: int) -> None:
         """Write the file of the next unit, and record it with the streams after it."""
         file = f"unit-{len(self.units):04d}.safetensors"
-        mark = write_tensors(self.folder / file, tensors, values)
+        mark = journal_files.write_tensors(self.folder / file, tensors, values)
         written, self._written = self._written, {}
         self.commit([*self.units, {"name": name, "file": file, "mark": mark, "weights": weights}], written, self.done)
 
@@ -186,14 +173,14 @@ class Journal:
         self._reset()
 
     def _write(self, name: str, value: Any) -> None:
-        write_checked(self.folder / name, value)
+        journal_files.write_checked(self.folder / name, value)
         self._sync()
 
     def _sync(self) -> None:
         try:
             sync_folder(self.folder)
         except OSError as error:
-            raise unwritable_error(self.folder, error) from error
+            raise journal_files.unwritable_error(self.folder, error) from error
 
     # Before the run.
 
@@ -217,7 +204,8 @@ class Journal:
             if not self.is_empty:
                 found = differences(self.run.get("layout", {}), now["layout"])
                 found += differences(self.run.get("settings"), now["settings"])
-                raise_if_different(self.output, found + file_differences(self.run.get("weights") or {}, now["weights"]))
+                found += file_differences(self.run.get("weights") or {}, now["weights"])
+                journal_files.raise_if_different(self.output, found)
                 self.check()
 
     def open(self, late: Callable[[], Mapping[str, Any]], source: ModelSource, outputs: Sequence[FileOutput]) -> None:
@@ -231,9 +219,9 @@ class Journal:
         self._outputs = outputs
         with self._starting_over():
             if not self.is_empty:
-                raise_if_different(self.output, self._late_differences(source))
-            files = [(self.folder / unit["file"], unit["mark"]) for unit in self.units]
-            self.restored = [Unit.from_state(*read_tensors(path, mark)) for path, mark in files]
+                journal_files.raise_if_different(self.output, self._late_differences(source))
+            states = [journal_files.read_tensors(self.folder / unit["file"], unit["mark"]) for unit in self.units]
+            self.restored = [journal_files.Unit.from_state(*state) for state in states]
             if self.restored:
                 self._begin_outputs()
         if self.is_empty:
@@ -279,7 +267,7 @@ class Journal:
         """Checksum of the weights of a block, or of those outside the blocks."""
         return weights_checksum(source, block)
 
-    def submit_streams(self, streams: Tensors) -> None:
+    def submit_streams(self, streams: journal_files.Tensors) -> None:
         """Start writing streams after the current unit, unless they were submitted already. Their values must not
         change before `wait_until_written`."""
 
@@ -291,7 +279,7 @@ class Journal:
                 self._tasks[kind] = self._submit(partial(write, kind, hidden))
                 self._submitted.add(kind)
 
-    def add(self, name: str, unit: Unit, weights: int) -> None:
+    def add(self, name: str, unit: journal_files.Unit, weights: int) -> None:
         """Record a finished unit that was given to the outputs, with the streams submitted for it, in the background.
         It is valid when all of its files, and its part of the output files, are on disk."""
         unit.marks = {output.format.name: output.mark() for output in self._outputs}

@@ -12,13 +12,11 @@ import torch
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.algorithms.quantization.sign_round.loop import is_evaluation_step, micro_batch_size
 from auto_round.calibration.observers import hessian_bytes
-from auto_round.envs import work_space
-from auto_round.errors import ConfigError, OutputError
+from auto_round.errors import ConfigError
 from auto_round.modeling.config import largest, read_value, text_config
 from auto_round.modeling.experts import LinearExperts
 from auto_round.modeling.partial_loading import expert_of
 from auto_round.modeling.source import ModelSource
-from auto_round.output.folders import free_bytes
 from auto_round.report.memory import format_bytes, rss_bytes
 from auto_round.run.plan import LayerPlan, MemoryPlan
 from auto_round.run.settings import MemoryBudget, Settings
@@ -290,14 +288,3 @@ def _quantized(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
 
 def _weights(plans: Sequence[LayerPlan]) -> int:
     return sum(plan.weights for plan in plans)
-
-
-def check_work_space(plan: MemoryPlan) -> None:
-    """Raise OutputError when the disk of the work space is too small for activations."""
-    free = free_bytes(work_space())
-    if free < plan.spilled:
-        raise OutputError(
-            f"{format_bytes(plan.spilled)} of activations are stored in {work_space()} (AR_WORK_SPACE), whose disk has "
-            f"{format_bytes(free)} free; free some space, set AR_WORK_SPACE to another disk, give more max_memory, or "
-            "lower nsamples or seqlen"
-        )

@@ -322,11 +322,6 @@ class Saving:
         settings = self.settings
         return settings.gptq if settings.gptq is not None and not settings.tunes else settings.algorithm
 
-    @property
-    def model_free(self) -> bool:
-        """Whether tensors are rounded without a model."""
-        return self._runs.model_free
-
     # Of the scheme.
     bits: int = _read("scheme.bits")
     group_size: GroupSize = _read("scheme.group_size")
@@ -346,6 +341,8 @@ class Saving:
     minmax_lr: float | None = _read(lambda view: view._rates()[1])
     momentum: float = _tuning("momentum", 0.0)
     enable_adam: bool = _tuning("enable_adam", False)
+    optimizer: type[torch.optim.Optimizer] | None = _read(lambda view: torch.optim.AdamW if view.enable_adam else None)
+    disable_opt_rtn: bool = _read(lambda view: not view.settings.optimized_start)
     enable_minmax_tuning: bool = _tuning("enable_minmax_tuning", False)
     enable_quanted_input: bool = _tuning("enable_quanted_input", False)
     not_use_best_mse: bool = _tuning("not_use_best_mse", False)
@@ -357,17 +354,8 @@ class Saving:
         algorithm = self.settings.algorithm
         return algorithm.learning_rates(self.bits) if isinstance(algorithm, SignRoundConfig) else (None, None)
 
-    @property
-    def optimizer(self) -> type[torch.optim.Optimizer] | None:
-        """AdamW where it tunes; None for signed gradient descent and without tuning."""
-        return torch.optim.AdamW if self.enable_adam else None
-
-    @property
-    def disable_opt_rtn(self) -> bool:
-        """Whether scales come from minimum and maximum alone."""
-        return not self.settings.optimized_start
-
     # Of the run. `dataset` None is the default set; `device` is the one to tune on, such as "cuda:0".
+    model_free: bool = _read("_runs.model_free")
     seqlen: int = _read("settings.seqlen")
     nsamples: int = _read("settings.nsamples")
     dataset: Any = _read("settings.dataset")

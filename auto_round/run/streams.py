@@ -78,8 +78,8 @@ class Stream:
             samples = list(range(rows.start, rows.stop))
             # Large sums are not copied for every batch: if the first batch fits, so do the others, always on a CPU.
             copied = start == 0 or (device.type != "cpu" and _observer_bytes(observers) < _MAX_COPIED_BYTES)
-            states = [(vars(o), dict(o) if isinstance(o, dict) else {}) for o in observers]
-            before = copy.deepcopy(states) if copied else None
+            states = ((vars(o), dict(o) if isinstance(o, dict) else {}) for o in observers)
+            before = copy.deepcopy(list(states)) if copied else None
             for observer in observers:
                 mask = masks[observer.every_token]
                 observer.mask = None if mask is None else mask[rows]

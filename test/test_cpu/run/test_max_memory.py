@@ -99,7 +99,7 @@ def test_a_full_work_space_is_refused_before_work(
     make: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tuner = make("llama", **TUNED, max_memory=make("llama", **TUNED).plan().peak_ram - 1)
-    monkeypatch.setattr("auto_round.run.memory.free_bytes", lambda _path: 1000)
+    monkeypatch.setattr("auto_round.output.folders.free_bytes", lambda _path: 1000)
     with pytest.raises(OutputError, match="AR_WORK_SPACE.*1.00 kB free"):
         tuner.quantize_and_save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
