@@ -142,8 +142,8 @@ def _round_block(
     values: Tensor, errors: Tensor, matrix: Tensor, scale: Tensor, inverse: Tensor, group_of: list[int], start: int,
     stop: int, micro_block: int, low: float, high: float, mantissa: int, smallest: float,
 ) -> None:  # fmt: skip
-    """Columns `start` to `stop`, where `values` holds the weights less the shares of all errors before `start`.
-    `mantissa`: its bits in a minifloat whose smallest normal value is `smallest`; -1 rounds to whole numbers."""
+    """Columns `start` to `stop` of `values`, less the shares of errors before; `mantissa` -1 rounds to whole
+    numbers."""
     for first in range(start, stop, micro_block):
         last = min(first + micro_block, stop)
         if first > start:

@@ -33,8 +33,8 @@ class ImatrixFile:
     importance: dict[str, torch.Tensor]
 
     def of(self, name: str, shape: Sequence[int]) -> torch.Tensor | None:
-        """Importance, [in] or [experts, in], of the tensor `name` of `shape` [out, in] or [experts, out, in], or None.
-        Raises DataError when the sizes differ. (In the legacy format the experts of a tensor are one row.)"""
+        """Importance, [in] or [experts, in], of a tensor [(experts,) out, in], or None. Raises DataError for other
+        sizes."""
         found = self.importance.get(name)
         if found is None:
             return None

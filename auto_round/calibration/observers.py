@@ -35,8 +35,7 @@ _O = TypeVar("_O", bound="InputObserver")
 
 
 class InputObserver(ABC):
-    """Statistics of the inputs of layers, by name. `mask`, bool [B, T]: positions that count, for inputs of that
-    shape."""
+    """Statistics of the inputs of layers, by name. `mask`, bool [B, T]: positions that count, in inputs [B, T, in]."""
 
     every_token = False  # the mask excludes padding only, not positions without a loss
     mask: torch.Tensor | None = None
@@ -194,8 +193,7 @@ class InputHessian(InputObserver):
         return self._seen.get(name, 0)
 
     def of(self, name: str, least: int = 1) -> list[torch.Tensor] | None:
-        """The Hessian of a layer: float32 [n, n] for each band of channels, the same tensors for layers of one input.
-        None when fewer than `least` tokens reached the layer, or it shared its inputs in some runs only."""
+        """The Hessian of a layer, float32 [n, n] for each band of channels; None with fewer than `least` tokens."""
         leader = self._leaders.get(name)
         if leader is None or self._mixed & {name, leader} or not least <= self._seen[name] == self._seen[leader]:
             return None
@@ -211,8 +209,7 @@ class InputHessian(InputObserver):
 
 
 class KVCacheObserver(InputObserver, dict[str, torch.Tensor]):
-    """Largest absolute value of each head of keys, values or queries, float32 [heads], by name such as "self_attn.k";
-    only padding is excluded. `expected`: names that must be observed when their block runs."""
+    """Largest magnitude of each head, float32 [heads], by name such as "self_attn.k"; `expected`: must be observed."""
 
     every_token = True
 
@@ -290,8 +287,7 @@ class _ObservingCache:
 
 @contextmanager
 def observe_kv_cache(attentions: Sequence[Attention], queries: bool = False) -> Iterator[KVCacheObserver]:
-    """Observe the keys and values, and on request the queries, of the attention modules that run inside: as the
-    attention passes them to its cache, here one that stores nothing, and as queries enter the attention function."""
+    """Observe keys and values as attention passes them to its cache, and queries as they enter its function."""
     states = "kvq" if queries else "kv"
     observer = KVCacheObserver(f"{a.name}.{state}" for a in attentions for state in states if state in a.shows)
     with ExitStack() as stack:

@@ -77,8 +77,8 @@ class PowerOfTwo:
 
 @dataclass(frozen=True)
 class BlockScale:
-    """Positive e4m3 scales, multiplied by a float32 global scale of the whole tensor (NVFP4). A scale that would round
-    to zero becomes the smallest e4m3 value; `of_inputs` the group becomes zeros instead, as in the kernels."""
+    """Positive e4m3 scales under a float32 one of the tensor (NVFP4); groups `of_inputs` that are too small become
+    zeros."""
 
     has_global_scale: ClassVar[bool] = True
     element: MinifloatType

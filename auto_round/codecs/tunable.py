@@ -228,8 +228,7 @@ def ggml_gradients(
 
 
 class GgmlGrid(TunableGrid):
-    """Layers in a ggml type, started from their codes: where one is not the nearest, the rounding delta starts just
-    large enough to give it. Factors are learned for d and dmin, [R, in/block]."""
+    """Layers in a ggml type, started from their codes. Factors are learned for d and dmin, [R, in/block]."""
 
     functions = (ggml_values, ggml_gradients)
 

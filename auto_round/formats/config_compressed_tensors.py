@@ -172,8 +172,7 @@ class CompressedTensorsFormat(OutputFormat):
 
 
 class PackedInt8Format(LayoutFormat):
-    """The int8 tensors of compressed-tensors with an `auto-round` config, which this package's own loader opens. It is
-    not registered: the model that `quantize()` returns describes its int8 layers with it."""
+    """compressed-tensors' int8 with an `auto-round` config, for int8 layers of the model that `quantize()` returns."""
 
     stored_layout: ClassVar[Layout] = PLAIN_INT
     packing_format: ClassVar[str] = LLM_COMPRESSOR

@@ -87,8 +87,7 @@ class Conversion:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shapes (PyTorch's order) of all tensors in the file: `extras`, then the sources' order. Raises ModelError
-        when parts of a tensor are missing, or have different shapes, and what `place` raises."""
+        """Shapes of all tensors in the file. Raises ModelError when parts of one are missing or do not fit."""
         parts: dict[str, list[tuple[str, Placement, tuple[int, ...]]]] = {}
         for source, shape in self.sources.items():
             for placement in self.place(source):

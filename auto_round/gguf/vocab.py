@@ -165,7 +165,16 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     merges: list[str] = []
     if tokens.scores:
         name, pre = "llama", "default"
-        flags["add_space_prefix"] = _space_prefix(values)
+        prefix = any(step["type"] == "Prepend" for step in flat_steps(values["normalizer"], "normalizers"))
+        splits = values["pre_tokenizer"]
+        if splits is not None and splits["type"] == "Metaspace" and not splits.get("split", True):
+            prefix = prefix or splits.get("prepend_scheme", "always") != "never"
+        elif splits is not None and (splits["type"] != "Split" or splits["pattern"] != {"String": " "}):
+            raise UnsupportedError(
+                "llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: "
+                f"{splits['type']}"
+            )
+        flags["add_space_prefix"] = prefix  # a space is added before a text
         if flags["add_space_prefix"] and (values["pre_tokenizer"] or {}).get("type") == "Metaspace":
             notes.append(SPACE_NOTE)
     else:
@@ -190,19 +199,6 @@ def vocabulary_for(tokenizer: Any, rows: int, config: Any = None, folder: str | 
     ]  # fmt: skip
     metadata = tuple(key_value(f"tokenizer.{key}", value, kind) for key, value, kind in keys if value != [])
     return Vocabulary(tokens, metadata, tuple(notes))
-
-
-def _space_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether a space is added before a text. Raises UnsupportedError when text is split before it is merged."""
-    prefix = any(step["type"] == "Prepend" for step in flat_steps(values["normalizer"], "normalizers"))
-    splits = values["pre_tokenizer"]
-    if splits is None or (splits["type"] == "Split" and splits["pattern"] == {"String": " "}):
-        return prefix
-    if splits["type"] == "Metaspace" and not splits.get("split", True):
-        return prefix or splits.get("prepend_scheme", "always") != "never"
-    raise UnsupportedError(
-        f"llama.cpp merges SentencePiece tokens across whole texts, and this tokenizer splits them: {splits['type']}"
-    )
 
 
 # llama.cpp's pre-tokenizers (`tokenizer.ggml.pre`), each a list of regular expressions in src/llama-vocab.cpp, written
@@ -306,8 +302,7 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> Steps | None:
 
 
 def pre_tokenizer_name(tokenizer: Mapping[str, Any], removes_spaces: bool) -> str:
-    """llama.cpp's name of the pre-tokenizer that equals that of a tokenizer.json, or AR_GGUF_PRE_TOKENIZER.
-    `removes_spaces`: decoding removes spaces before punctuation. Raises UnsupportedError when llama.cpp has none."""
+    """llama.cpp's pre-tokenizer for a tokenizer.json, or AR_GGUF_PRE_TOKENIZER. Raises UnsupportedError without one."""
     if chosen := envs.get("AR_GGUF_PRE_TOKENIZER"):
         return str(chosen)
     steps = split_steps(tokenizer.get("pre_tokenizer"))

@@ -184,8 +184,7 @@ class CheckpointConfig:
         self._rules = list(zip(patterns, excluding, rules.values(), strict=True))
 
     def layer(self, name: str, in_block: bool, names: Sequence[str] = ()) -> LayerFormat | None:
-        """The format of the linear layer `name`, which the config may call one of `names`, or None when it is in full
-        precision. Outside blocks (`in_block` false) a layer is quantized only when it is named."""
+        """The format of the layer `name`, called one of `names`; None in full precision, as unnamed outside blocks."""
         names = tuple(names) or (name,)
         entry = next((found for n in names if (found := self._entry(n, in_block)) is not None), None)
         if entry is not None:

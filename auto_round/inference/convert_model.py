@@ -45,8 +45,7 @@ _DROPPED_KEYS = (
 
 
 def infer_target_device(device_map: object = None) -> str:
-    """The kind of device, such as "cuda", of a `device_map`: the first accelerator. Raises DeviceError if it is
-    none."""
+    """The kind of device ("cuda") of a `device_map`: the first accelerator. Raises DeviceError if it is none."""
     here = available_devices()
     if device_map is None:  # on a Gaudi machine, users move the loaded model to the accelerator
         return "hpu" if "hpu" in here else "cpu"
@@ -234,8 +233,8 @@ def build_layer(
     fmt: LayerFormat, weight: torch.Tensor, bias: bool, stored: Mapping[str, torch.dtype], g_idx: bool = False,
     backend: str = "",
 ) -> PackedLinear:  # fmt: skip
-    """An empty module for a layer's layout, with the shape, dtype and device of `weight` [out, in]. `stored` are dtypes
-    of the checkpoint's tensors; without them, `g_idx` tells whether there may be one."""
+    """An empty module with the layout `fmt` and the shape, dtype and device of `weight`; `stored`: dtypes in the
+    file."""
     kind: Any = ScaledMmLinear if backend == SCALED_MM else PackedLinear
     options: dict[str, Any] = {"bias": bias, "dtype": weight.dtype, "stored": stored, "device": weight.device}
     if isinstance(fmt.layout, GptqLayout):
@@ -353,8 +352,7 @@ def ignore_unexpected_keys(model: Any, patterns: Iterable[str]) -> None:
 
 
 def register_cache_scales(model: nn.Module, config: Any, files: Mapping[str, StoredTensor] | None) -> int:
-    """Register a buffer for every k_scale, v_scale and q_scale in `files`, which are only saved again; returns how
-    many. When the files are not known, scales that the `quantization_config` announces are ignored."""
+    """Register buffers for static cache scales in `files`, to save them again; returns how many."""
     if files is None:
         values = config if isinstance(config, Mapping) else vars(config)
         if any(values.get(f"static_{what}_dtype") for what in ("kv", "attention")):

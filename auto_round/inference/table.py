@@ -233,8 +233,7 @@ def register_layout(packing_format: str, layout: Layout, bits: Sequence[int]) ->
 
 
 class BackendChoice(NamedTuple):
-    """The backend of one layer, "name: reason" of the rows before it that cannot run the layer, and those of them that
-    only need a package or program to be installed."""
+    """The backend of one layer, why rows before it cannot run it, and those that only need to be installed."""
 
     backend: Backend
     rejected: tuple[str, ...]
@@ -269,8 +268,7 @@ def _split_names(requested: str) -> list[str]:
 def choose_backend(
     fmt: LayerFormat, device: str, requested: str = AUTO, spec: LayerSpec | None = None
 ) -> BackendChoice:
-    """The backend for a layer. Raises ConfigError when there is no such backend, UnsupportedError when none can run
-    it."""
+    """The backend for a layer. Raises ConfigError for an unknown one, UnsupportedError when none can run it."""
     device = device.split(":")[0]
     rejected: list[str] = []
     missing: list[Backend] = []

@@ -39,8 +39,7 @@ def padded_words(count: int, bits: int) -> int:
 
 
 def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack along dimension 0, one stream a column: uint8 [n, m], each below 2**bits, to int32 [n*bits/32, m]. Fastest
-    when the transpose is contiguous. Raises UnsupportedError when `n` values do not fill whole words."""
+    """Pack uint8 [n, m] by columns to int32 [n*bits/32, m]. Raises UnsupportedError when `n` fill no whole words."""
     words = torch.empty(words_needed(len(values), bits), values.shape[1], dtype=torch.int32, device=values.device)
     _pack(values.T, bits, words.T)
     return words
@@ -64,8 +63,7 @@ def _pack(values: torch.Tensor, bits: int, words: torch.Tensor) -> None:
 
 
 def _pack_chunk(rows: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 [m, n] to int32 [m, n*bits/32]. With 4 and 2 bits two neighbours become one byte. With others eight codes
-    are the bytes of a 64-bit number, and neighbours are joined three times; its lowest `bits` bytes are the stream."""
+    """uint8 [m, n] to int32 [m, n*bits/32] by joining neighbours, in pairs or as bytes of 64-bit numbers."""
     count, words = rows.shape[0], rows.shape[1] * bits // 32
     flat = rows.contiguous().view(-1)
     if flat.storage_offset() % 8:  # a view that does not start at a multiple of 8 bytes

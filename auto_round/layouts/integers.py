@@ -207,8 +207,7 @@ class AwqLayout(GptqLayout):
 
 
 def bias_storage_dtype(sym: bool, scale_dtype: torch.dtype) -> torch.dtype:
-    """The narrowest dtype that holds every bias of an MLX layer exactly: a symmetric zero point is a power of two;
-    others have up to 8 bits, times 11 of a float16 scale, which no half precision holds."""
+    """The narrowest dtype of exact MLX biases: symmetric zero points are powers of two, others have 8 bits more."""
     return scale_dtype if sym else torch.float32
 
 

@@ -23,8 +23,7 @@ _TYPES: dict[str, dict[int, str]] = {
 
 
 def _scaled(d: Tensor, factor: Factor, integers: Tensor | None, kind: GgmlType) -> Tensor:
-    """[out, groups, 1]: d or dmin times a factor, as float16 (straight-through gradient), times the groups' integers.
-    Factors of groups become one per super-block, their mean, because that stores one d and dmin."""
+    """[out, groups, 1]: float16 d or dmin times a factor (the mean of those of groups), times the groups' integers."""
     per = kind.block // kind.group
     if isinstance(factor, Tensor) and factor.numel() > 1:
         rows = factor.float().reshape(d.shape[0], -1)

@@ -93,8 +93,7 @@ def _places(kind: GgmlType) -> dict[str, slice]:
 
 
 def pack_blocks(blocks: GgmlBlocks) -> Tensor:
-    """uint8 [out, row_bytes], contiguous, on the blocks' device: the bytes of the tensor in a file. Nothing is rounded
-    or checked: any bits of `d`, and codes below 2**bits. Temporaries are limited to one chunk."""
+    """uint8 [out, row_bytes], contiguous: the bytes of the tensor in a file. Nothing is rounded or checked."""
     kind = blocks.kind
     out, columns = blocks.codes.shape
     data = torch.empty(out, kind.row_bytes(columns), dtype=torch.uint8, device=blocks.codes.device)

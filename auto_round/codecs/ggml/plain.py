@@ -209,8 +209,7 @@ def _descend(state: Sequence[Tensor], zero: int, rounds: int) -> None:
 
 
 def _descend_once(zero: int, x: Tensor, weight: Tensor, pull: Tensor, codes: Tensor, sums: Tensor) -> Tensor:
-    """One round of `_descend`; returns float32 [columns], 1 where a code changed. Conditions are float32 tensors,
-    because on a CPU PyTorch is several times slower with bools beside floats."""
+    """One round of `_descend`; returns float32 [columns], 1 where a code changed: bools are slow beside floats."""
     sumlx, suml2 = sums.unbind(0)
     slx, sl2, new, with_it, left, right, moved = torch.zeros(7, sumlx.shape[0], device=x.device).unbind(0)
     shares = pull * codes, (weight * codes).mul_(codes)
@@ -315,8 +314,7 @@ def _inverse(step: Tensor) -> Tensor:
 
 
 def _plain_symmetric(x: Tensor, kind: GgmlType, codes: Tensor) -> Numbers:
-    """The value of the largest magnitude gets the first code, which is one step further from zero than the last. In
-    `Q8_0` both ends are 127 steps from zero, and ties round away from zero."""
+    """The largest magnitude gets the first code; in `Q8_0` one of the two ends, and ties round away from zero."""
     if kind.bits == 8:
         step = exact_quotient(torch.maximum(x.amax(1), -x.amin(1)).add_(0.0), 127.0)  # no -0
         x.mul_(_inverse(step))

@@ -236,8 +236,7 @@ def choose_super_scale(values: Tensor, weights: Tensor, low: int, high: int) -> 
 
 @dataclass(frozen=True)
 class StoredParams:
-    """Super-block scales and integers of a chunk under search, as float32 that the stored types hold exactly: d and
-    dmin [1, B], scales and mins [g, B]; the latter are ones without sub-blocks, and the minima None without minima."""
+    """Scales and integers as stored, in float32: d and dmin [1, B], scales and mins [g, B], ones without sub-blocks."""
 
     kind: GgmlType
     d: Tensor

@@ -255,8 +255,7 @@ GEMMA3 = Family(
 
 
 def _split_kv_b(s: HfConfig, found: re.Match[str]) -> list[Placement]:
-    """Of `kv_b_proj` [heads * (nope + value), rank]: the keys' part [heads, rank, nope], transposed as llama.cpp
-    multiplies with it, and the values' rows of each head."""
+    """The keys' part of `kv_b_proj`, [heads, rank, nope], as llama.cpp multiplies with it, and the values' rows."""
     heads, nope, value = s.heads, int(s.need("qk_nope_head_dim")), int(s.need("v_head_dim"))
 
     def keys(weight: torch.Tensor) -> torch.Tensor:

@@ -43,8 +43,7 @@ class IntegerWeight:
 
 
 class LinearKernel(nn.Module):
-    """x -> x W^T, with W in the kernel's own layout. Its buffers are not saved: the layer writes the checkpoint's
-    layout from `codes()`, and keeps scales and zero points itself."""
+    """x -> x W^T, with W in the kernel's own layout, which is not saved: the layer gets it back from `codes()`."""
 
     def __init__(self, weight: IntegerWeight) -> None:
         """Pack `weight`. Called on the device where the layer runs; must not keep a reference to `weight.codes`."""

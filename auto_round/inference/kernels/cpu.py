@@ -166,8 +166,7 @@ def _torch_openmp() -> int | None:
 
 
 class CpuKernel(LinearKernel):
-    """Weights of 2, 3 (stored as 4), 4 and 8 bits, any group size. Inputs are rounded to 16-bit integers per group of
-    at most 128 columns; all else up to the sums of a group is exact, whatever the number of threads or rows."""
+    """Integer weights in any groups. Inputs are rounded to 16 bits per group of at most 128 columns; sums are exact."""
 
     packed: torch.Tensor
 

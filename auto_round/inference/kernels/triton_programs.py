@@ -156,8 +156,7 @@ def matmul(
     MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDEN: tl.constexpr,
     EXPERTS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Product of many rows: a tile of out[part, row, column] over the blocks of one part. Weights are rounded to the
-    inputs' dtype, as `QuantLinear.dequantize` rounds them, and summed in float32."""
+    """Product of many rows: a tile of out[part, row, column]; weights are rounded to the inputs' dtype."""
     part = tl.program_id(1)
     tile = tl.program_id(0) % row_tiles
     column = tl.program_id(0) // row_tiles * COLUMNS + tl.arange(0, COLUMNS)

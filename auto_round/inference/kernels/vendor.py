@@ -125,8 +125,8 @@ def package() -> Any:
 
 
 class ArkKernel(LinearKernel):
-    """Weights of 2, 4 and 8 bits through auto-round-lib: in float32 on CPUs; on Intel GPUs (untested) symmetric ones,
-    with integer products and float16 scales."""
+    """Weights of 2, 4 and 8 bits through auto-round-lib; on Intel GPUs (untested) symmetric ones, with float16
+    scales."""
 
     blob: torch.Tensor
     scales: torch.Tensor

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from integer_weights import unpack_gptq
 
 from auto_round.codecs.quantized_layer import IntCodes, QuantizedLayer, group_count
 from auto_round.formats.base import ExportPlan, get_format
 from auto_round.formats.config_auto_round import flip_zero_zero_points
 from auto_round.formats.config_gptq import dynamic_rules
+from auto_round.layouts.integers import GPTQ_V1
 from auto_round.schemes import QuantizationScheme as Scheme
 
 LEAVES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -57,7 +57,7 @@ def test_the_file_holds_the_layers_weights(
     fmt, given_layer = get_format(name), layer(bits, sym, size, out * 32, width * 64, seed)
     restated = fmt.normalize_for_format(given_layer)
     tensors = fmt.pack(restated)
-    codes, zeros = unpack_gptq(tensors["a.b.qweight"], tensors["a.b.qzeros"], bits, 1)
+    codes, zeros = GPTQ_V1.codes(tensors["a.b.qweight"], bits), GPTQ_V1.zeros(tensors["a.b.qzeros"], bits)
     where = tensors["a.b.g_idx"].long()
     per_group = size if size > 0 else width * 64
     assert where.tolist() == [i // per_group for i in range(width * 64)]

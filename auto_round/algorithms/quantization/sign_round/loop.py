@@ -40,8 +40,7 @@ def split_samples(count: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def micro_batch_size(batch: int, tokens: int, layers: int, device: torch.device) -> int:
-    """Samples of `tokens` tokens in one pass. On a CPU fewer than the batch: the same time with less memory, since
-    activations are kept for one pass only. Blocks of many layers get more tokens to amortize each layer's call."""
+    """Samples in one pass: on a CPU fewer than the batch, for less memory in the same time; more for many layers."""
     if device.type != "cpu":
         return batch
     return max(1, min(batch, _TOKENS_PER_LAYER * layers // max(1, tokens)))
@@ -65,8 +64,7 @@ def shuffled_batches(samples: list[int], batch: int, seed: int) -> Iterator[list
 
 
 class MicroBatchRunner:
-    """Runs steps in micro-batches, which shrink when the device runs out of memory. A step's accumulated gradient does
-    not depend on their size; a step that failed discards it and starts again."""
+    """Runs steps in micro-batches, which shrink when the device runs out of memory; a failed step starts again."""
 
     def __init__(self, task: BlockTask, layers: Sequence[Tunable], micro_batch: int) -> None:
         self.task, self.layers, self.micro_batch = task, layers, micro_batch
