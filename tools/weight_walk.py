@@ -1,15 +1,17 @@
 """Count the functions that one weight passes in the main job, from the checkpoint to the shard.
 
     python tools/weight_walk.py            the functions in the order in which the weight first reaches them, and counts
+    python tools/weight_walk.py --depth 3  also those that pass on what holds the weight
 
-A tiny model is tuned and saved as W4A16 with verification. A function counts when its arguments or its result hold the
-weight of one layer, its codes, scales or packed words: tensors whose shapes no other layer has, also inside tuples,
-lists, dicts and dataclasses, or those of the object whose method it is. Comprehensions are parts of their function.
-What verifies the saved model comes after the shard and is counted apart.
+A tiny model is tuned and saved as W4A16 with verification. A function counts when it takes or returns the weight of one
+layer, its codes, scales or packed words: tensors whose shapes no other layer has. With `--depth`, also tuples, lists,
+dicts and dataclasses that hold them, up to this depth, and methods of such objects. Comprehensions are parts of their
+function. What verifies the saved model comes after the shard and is counted apart.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 import tempfile
@@ -28,10 +30,9 @@ OUT, IN, GROUP = 64, 160, 32
 LAYER = "model.layers.0.mlp.down_proj"
 # The weight, its codes, rows of scales and zero points, packed words; alone, stacked with others, or in groups.
 SHAPES = {(OUT, IN), (OUT, IN // GROUP), (IN // GROUP, OUT), (IN // 8, OUT), (OUT, IN // GROUP, GROUP)}
-_DEPTH = 3
 
 
-def tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
+def tensors(value: Any, depth: int) -> Iterator[torch.Tensor]:
     """The tensors in a value, inside containers too."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -46,9 +47,9 @@ def tensors(value: Any, depth: int = _DEPTH) -> Iterator[torch.Tensor]:
             yield from tensors(part, depth - 1)
 
 
-def holds_weight(value: Any) -> bool:
-    """Whether the value holds a tensor of the layer."""
-    for tensor in tensors(value):
+def holds_weight(value: Any, depth: int) -> bool:
+    """Whether the value is a tensor of the layer, or holds one."""
+    for tensor in tensors(value, depth):
         shape = tuple(tensor.shape)
         while len(shape) > 2 and shape[0] == 1:
             shape = shape[1:]
@@ -60,7 +61,8 @@ def holds_weight(value: Any) -> bool:
 class Walk:
     """The functions of the package that held the weight, by (file, function), with the number of calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
         self.calls: Counter[tuple[str, str]] = Counter()
 
     def profile(self, frame: FrameType, event: str, arg: Any) -> None:
@@ -70,12 +72,16 @@ class Walk:
             return
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         held = [arg] if event == "return" else [frame.f_locals.get(name) for name in names]
-        if any(map(holds_weight, held)):
+        if any(holds_weight(value, self.depth) for value in held):
             file = str(Path(code.co_filename).relative_to(ROOT))
             self.calls[file, getattr(code, "co_qualname", code.co_name)] += 1
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=0, help="depth of containers to look into")
+    depth = parser.parse_args().depth
+
     from auto_round import AutoRound
 
     torch.manual_seed(0)
@@ -83,7 +89,7 @@ def main() -> None:
         vocab_size=128, hidden_size=OUT, intermediate_size=IN, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=64,
     )  # fmt: skip
-    walk = Walk()
+    walk = Walk(depth)
     with tempfile.TemporaryDirectory() as work:
         LlamaForCausalLM(config).save_pretrained(f"{work}/model")
         data = [torch.randint(0, 128, (32,)) for _ in range(8)]
