@@ -12,6 +12,7 @@ from torch import nn
 from auto_round.algorithms.base import BlockTask, LayerTask
 from auto_round.algorithms.quantization.sign_round import loop as module
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.learnable_group import LearnableGroup
 from auto_round.algorithms.quantization.sign_round.loop import SignRoundQuantizer
 from auto_round.errors import DeviceError
 from auto_round.schemes import QuantizationScheme, parse_scheme
@@ -111,20 +112,18 @@ def test_a_snapshot_brings_the_same_weights_back(scheme: str, sym: bool) -> None
         parsed = parsed.with_overrides({"sym": sym})
     weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(3)).bfloat16()
     task = LayerTask("layer", nn.Linear(256, 8), weight, parsed)
-    bank = SignRoundQuantizer(SignRoundConfig(minmax_lr=0.01))._learnable_group(
-        [task], {"compute_dtype": torch.float32}
-    )
+    group = LearnableGroup([task], [task.start(True, torch.float16)], torch.float32)
     generator = torch.Generator().manual_seed(4)
     states = []
     for _ in range(3):
-        bank.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
-        bank.step(0.3, 0.05)
-        states.append(bank.quantized.clone())
-    best = bank.snapshot(bank.snapshot())
-    wanted = bank.finish()[0].dequantize()
-    bank.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
-    bank.step(0.3, 0.05)
-    assert not torch.equal(bank.quantized, states[-1])
-    bank.restore(best)
-    assert torch.equal(bank.quantized, states[-1])
-    assert torch.equal(bank.finish()[0].dequantize(), wanted)
+        group.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
+        group.step(0.3, 0.05)
+        states.append(group.quantized.clone())
+    best = group.snapshot(group.snapshot())
+    wanted = group.finish()[0].dequantize()
+    group.add_weight_gradient(0, torch.randn(5, 8, generator=generator), torch.randn(5, 256, generator=generator))
+    group.step(0.3, 0.05)
+    assert not torch.equal(group.quantized, states[-1])
+    group.restore(best)
+    assert torch.equal(group.quantized, states[-1])
+    assert torch.equal(group.finish()[0].dequantize(), wanted)
