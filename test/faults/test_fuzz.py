@@ -103,8 +103,8 @@ def test_shards(model: Path, record: Record, counts: tuple[int, int]) -> None:
 
     def read() -> Any:
         inputs = Inputs(model, TensorFiles.open(model))
-        if inputs.notes:
-            raise VerifyError("; ".join(inputs.notes))  # shown to the user
+        if inputs.files.notes:
+            raise VerifyError("; ".join(inputs.files.notes))  # shown to the user
         return contents(inputs.files)
 
     confirm = opens_as_before(model)
