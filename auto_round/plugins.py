@@ -12,7 +12,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 
 from auto_round import envs
@@ -42,6 +41,8 @@ def loaded_plugins() -> dict[str, str]:
 @cache
 def _load_entry_points() -> None:
     """Import the module of each entry point; of `module:function`, call the function too."""
+    from importlib.metadata import entry_points  # slow to import, and `--help` needs no plugin
+
     for entry in sorted(entry_points(group="auto_round.plugins")):
         package = "unknown package" if entry.dist is None else f"package {entry.dist.name} {entry.dist.version}"
         key = f"{entry.name} = {entry.value}"

@@ -47,8 +47,9 @@ def _keyword_flag(keyword: Field[Any], hint: Any) -> Flag:
 
 
 _KEYWORDS = {
-    keyword.name: _keyword_flag(keyword, get_type_hints(part)[keyword.name])
+    keyword.name: _keyword_flag(keyword, hints[keyword.name])
     for part in PARTS.values()
+    for hints in (get_type_hints(part),)
     for keyword in fields(part)
     if keyword.metadata["help"]
 }

@@ -34,7 +34,8 @@ CELLS: dict[str, dict[str, Any]] = {
         "ways": [{}, {"file": True}, {"low_gpu_mem_usage": True}, {"threads": 2}, {"threads": 2, "file": True}],
     },
     "experts by GPTQ": {
-        "family": "qwen3-moe", "formats": "auto_round,fake", "kwargs": G32, "alone": True, "ways": [{}, {"file": True}],
+        "family": "qwen3-moe", "size": {"num_experts": 12, "moe_intermediate_size": 96},
+        "formats": "auto_round,fake", "kwargs": G32, "alone": True, "ways": [{}, {"threads": 2}],
     },
     "model-free": {"formats": "auto_round", "kwargs": {"group_size": 32, "model_free": True}},
 }  # fmt: skip
@@ -46,7 +47,7 @@ PHASES = {"before the journal", "0 units done", "1 units done", "2 units done", 
 @pytest.mark.parametrize("name", CELLS if FULL else ["tuned"])
 def test_kills(name: str, record: Callable[..., None], packable_folder: Any, gguf_folder: Any, tmp_path: Path) -> None:
     folder = gguf_folder if "gguf" in name else packable_folder
-    cell = CELLS[name] | {"model": folder(CELLS[name].get("family", "llama"))}
+    cell = CELLS[name] | {"model": folder(CELLS[name].get("family", "llama"), **CELLS[name].get("size", {}))}
     given = {"work": str(tmp_path), "cells": {name: cell}, "kills": KILLS if FULL else 6, "seed": 1}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AR_LOG_LEVEL": "CRITICAL"}
     done = subprocess.run(
