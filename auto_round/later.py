@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.machinery import ModuleSpec
-from importlib.util import module_from_spec
 from typing import Any
 
 from auto_round.errors import MissingFeatureError, UnsupportedError
@@ -149,12 +146,3 @@ def missing_classes(module: str) -> Callable[[str], Any]:
         raise AttributeError(f"module {module!r} has no attribute {name!r}")
 
     return module_getattr
-
-
-def add_missing_modules(package: str, *names: str) -> None:
-    """Make submodules of a package that hold nothing but classes of missing features, such as "awq.config"."""
-    for name in names:
-        spec = ModuleSpec(f"{package}.{name}", loader=None)
-        module = module_from_spec(spec)
-        module.__getattr__ = missing_classes(spec.name)  # type: ignore[method-assign]
-        sys.modules[spec.name] = module

@@ -5,7 +5,8 @@
 
 A cell is `steps:scheme`, with `opt` for no steps, and `:asym` for zero points. Both get the same texts, samples, steps
 and seed. What `--out` holds already with these settings is not measured again, so a long table can be made in several
-runs; `--show` only prints it. Wall time is of the whole process, imports and saving included. Linux only.
+runs; one with nothing left to measure prints it. Wall time is of the whole process, imports and saving included. Linux
+only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from vs_peer import machine, pick_texts, quantized_quality
+from vs_peer import add_common_arguments, machine, pick_texts, quantized_quality
 
 CELLS = (
     *(f"opt:W{bits}A16{kind}" for bits in (4, 3, 2) for kind in ("", ":asym")), "opt:MXFP4", "opt:NVFP4",
@@ -50,25 +51,13 @@ def render(rows: dict[str, dict]) -> str:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model")
-    p.add_argument("--peer_python", help="python of a venv with auto-round==0.16.1; without it only ours is run")
-    p.add_argument("--text")
-    p.add_argument("--eval_text", nargs="+")
+    add_common_arguments(p)
     p.add_argument("--cells", nargs="+", default=CELLS)
     p.add_argument("--group_size", type=int, default=64)
-    p.add_argument("--nsamples", type=int, default=16)
-    p.add_argument("--seqlen", type=int, default=256)
-    p.add_argument("--batch_size", type=int, default=8)
-    p.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens from each text")
-    p.add_argument("--device", default="cpu")
     p.add_argument("--again", action="store_true", help="measure ours again in the given cells")
-    p.add_argument("--show", action="store_true", help="print the table of --out and stop")
     p.add_argument("--out", type=Path, required=True)
     a = p.parse_args()
     record = json.loads(a.out.read_text()) if a.out.exists() else {}
-    if a.show:
-        print(record.get("machine", ""), render(record.get("cells", {})), sep="\n\n")
-        return
 
     import torch
     from transformers import AutoModelForCausalLM

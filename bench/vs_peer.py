@@ -103,19 +103,24 @@ def quantized_quality(
     return result, quality
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_common_arguments(p: argparse.ArgumentParser) -> None:
+    """The model, the peer, the texts, and the amount of data: what both programs are given alike."""
     p.add_argument("--model", required=True)
     p.add_argument("--peer_python", help="python of a venv with auto-round==0.16.1; without it only ours is run")
     p.add_argument("--text", required=True)
     p.add_argument("--eval_text", nargs="+", required=True)
-    p.add_argument("--runs", nargs="+", default=["rtn:W4A16", "opt:W4A16", "20:W4A16", "20:W2A16"])
-    p.add_argument("--group_size", type=int, help="64 in the integer types' figures; default: the scheme's own")
     p.add_argument("--nsamples", type=int, default=16)
     p.add_argument("--seqlen", type=int, default=256)
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--windows", type=int, default=16, help="evaluation windows of 512 tokens from each text")
     p.add_argument("--device", default="cpu")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(p)
+    p.add_argument("--runs", nargs="+", default=["rtn:W4A16", "opt:W4A16", "20:W4A16", "20:W2A16"])
+    p.add_argument("--group_size", type=int, help="64 in the integer types' figures; default: the scheme's own")
     p.add_argument("--peer_no_amp", action="store_true", help="float32 for the peer: its bf16 is emulated on this CPU")
     p.add_argument("--no_verify", action="store_true", help="leave out our check after saving, which the peer has not")
     p.add_argument("--only_peer", action="store_true")

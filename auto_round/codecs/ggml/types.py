@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,11 +74,11 @@ def ggml_scheme(name: str) -> QuantizationScheme:
     """The scheme of one tensor of type `name`, such as `Q4_K`."""
     kind = GGML_TYPES[name]
     dtype = "int_asym_float_zp" if kind.has_min else "int"
-    scales: dict[str, int] = {}
+    scales: dict[str, Any] = {}
     if kind.is_k:
         dtype = "int_asym_dq" if kind.has_min else "int_sym_dq"
         scales = {"super_bits": kind.scale_bits, "super_group_size": kind.block // kind.group}
-    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, act_bits=16, **scales)  # type: ignore[arg-type]
+    return QuantizationScheme(kind.bits, kind.group, not kind.has_min, dtype, act_bits=16, **scales)
 
 
 _SCHEMES = tuple((ggml_scheme(name), kind) for name, kind in GGML_TYPES.items())
